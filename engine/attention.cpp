@@ -1,0 +1,255 @@
+// The attention half of a block: q, k, v and o with their low-rank updates, rotary embedding,
+// attention.
+#include <algorithm>
+#include <array>
+
+#include "engine/transformer.h"
+#include "kernels/trace.h"
+
+namespace mixlora {
+namespace {
+
+struct Span {
+  std::int64_t begin, end;
+};
+std::array<Span, 3> qkv_spans(const ModelConfig& c) {
+  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  return {{{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
+}
+std::int64_t rank_of(const Parameter& a) { return a.present() ? a.shape[0] : 0; }
+std::int64_t qkv_rank(const AdapterLayer& l) {
+  return rank_of(l.qkv_a[0]) + rank_of(l.qkv_a[1]) + rank_of(l.qkv_a[2]);
+}
+
+/// Calls f(p, first column in a_qkv, end column) for the targeted ones of q, k, v.
+template <class F> void each_qkv(const AdapterLayer& l, F&& f) {
+  std::int64_t at = 0;
+  for (std::size_t p = 0; p < 3; ++p) {
+    if (!l.qkv_a.at(p).present()) continue;
+    f(p, at, at + rank_of(l.qkv_a.at(p)));
+    at += rank_of(l.qkv_a.at(p));
+  }
+}
+
+/// The A factors of q, k, v as one matrix when they lie end to end in memory (they do when all
+/// ranks fill whole 256-byte lines); absent otherwise.
+ConstTensor stacked(const AdapterLayer& l, bool grad) {
+  ConstTensor whole;
+  for (const Parameter& a : l.qkv_a) {
+    if (!a.present()) continue;
+    const ConstTensor t = grad ? ConstTensor(a.grad) : ConstTensor(a.compute);
+    if (!whole) {
+      whole = t;
+      continue;
+    }
+    const auto* end = static_cast<const std::byte*>(whole.data) + whole.bytes();
+    if (end != t.data) return {};
+    whole.shape = Shape{whole.rows() + t.rows(), t.cols()};
+  }
+  return whole;
+}
+Tensor writable(ConstTensor t) {
+  return {const_cast<void*>(t.data), t.shape, t.dtype,
+          t.device};  // NOLINT: gradients are ours to write
+}
+
+}  // namespace
+
+bool Transformer::scales_qkv(const Step& step, std::size_t i) {
+  return std::any_of(step.groups.begin(), step.groups.end(), [i](const Group& g) {
+    if (g.adapter == nullptr) return false;
+    const auto& m = g.adapter->layout.layers[i].qkv_m;
+    return m[0].present() || m[1].present() || m[2].present();
+  });
+}
+
+/// q, k, v as attention reads them. With DoRA the kept rows are before scale and rope.
+Tensor Transformer::scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k) {
+  if (!scales_qkv(step, i)) return k.qkv;
+  const ModelConfig& c = model_.config;
+  const auto spans = qkv_spans(c);
+  const Tensor y = scratch_.take({step.rows, c.qkv_width()}, k.qkv.dtype);
+  ops_.copy(y, k.qkv);
+  for (const Group& g : step.groups) {
+    if (g.adapter == nullptr || g.adapter->scales.empty()) continue;
+    for (std::size_t p = 0; p < 3; ++p) {
+      const Tensor scale = g.adapter->scales[i].qkv.at(p);
+      if (!g.adapter->layout.layers[i].qkv_m.at(p).present()) continue;
+      const Tensor part = y.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
+      ops_.scale_columns(part, part, scale);
+    }
+  }
+  ops_.rope(y, y, model_.rope, step.ids, c.attention_heads(), false);
+  return y;
+}
+
+void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& k,
+                                    ConstTensor normed, Tensor delta) {
+  const trace::Range range("attention");
+  const ModelConfig& c = model_.config;
+  const LayerWeights& w = model_.layers[i];
+  const std::int64_t n = step.rows;
+  const DType type = normed.dtype;
+  const auto spans = qkv_spans(c);
+  k.groups.assign(step.groups.size(), {});
+  k.qkv = kept_.take({n, c.qkv_width()}, type);
+  k.o = kept_.take({n, c.heads * c.head_dim}, type);
+  k.lse = kept_.take({n, c.heads}, DType::f32);
+  ops_.linear(k.qkv, normed, w.qkv);
+
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    if (g.adapter == nullptr) continue;
+    const AdapterLayer& l = g.adapter->layout.layers[i];
+    if (qkv_rank(l) == 0) continue;
+    Tensor& a = k.groups[j].a_qkv = kept_.take({g.rows(), qkv_rank(l)}, type);
+    const Scratch::Frame frame(scratch_);
+    const ConstTensor x =
+        dropped(step, g, i, site_qkv, g.adapter->attention_p, normed.row_range(g.begin, g.end));
+    const float s = g.adapter->attention_scale;
+    if (const ConstTensor whole = stacked(l, false))
+      ops_.gemm(a, x, false, whole, true, s, 0);
+    else
+      each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+        ops_.gemm(a.col_range(from, to), x, false, l.qkv_a.at(p).compute, true, s, 0);
+      });
+    each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+      const Tensor y =
+          k.qkv.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
+      ops_.gemm(y, a.col_range(from, to), false, l.qkv_b.at(p).compute, true, 1, 1);
+    });
+  }
+
+  const Scratch::Frame frame(scratch_);
+  const Tensor qkv = scaled_and_roped(step, i, k);
+  if (!scales_qkv(step, i)) ops_.rope(qkv, qkv, model_.rope, step.ids, c.attention_heads(), false);
+  ops_.attention(k.o, k.lse, qkv, step.sequences, c.attention_heads());
+
+  ops_.linear(delta, k.o, w.o);
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
+    const AdapterLayer& l = g.adapter->layout.layers[i];
+    Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
+    const Scratch::Frame inner(scratch_);
+    const ConstTensor x =
+        dropped(step, g, i, site_o, g.adapter->attention_p, k.o.row_range(g.begin, g.end));
+    ops_.gemm(a, x, false, l.o_a.compute, true, g.adapter->attention_scale, 0);
+    const Tensor y = delta.row_range(g.begin, g.end);
+    ops_.gemm(y, a, false, l.o_b.compute, true, 1, 1);
+    if (l.o_m.present()) {
+      Tensor& core = k.groups[j].core_o = kept_.take({g.rows(), c.hidden}, type);
+      ops_.copy(core, y);
+      ops_.scale_columns(y, core, g.adapter->scales[i].o);
+    }
+  }
+}
+
+/// Adds the attention half's gradient to d_x, which holds the gradient of x2 = x +
+/// attention(norm(x)).
+void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x) {
+  const trace::Range range("attention_backward");
+  const ModelConfig& c = model_.config;
+  const LayerWeights& w = model_.layers[i];
+  const std::int64_t n = step.rows;
+  const DType type = d_x.dtype;
+  const auto spans = qkv_spans(c);
+  const Scratch::Frame frame(scratch_);
+
+  const bool scaled_o = std::any_of(step.groups.begin(), step.groups.end(), [&](const Group& g) {
+    return g.adapter != nullptr && g.adapter->layout.layers[i].o_m.present();
+  });
+  Tensor d_core = d_x;
+  if (scaled_o) {
+    d_core = scratch_.take({n, c.hidden}, type);
+    ops_.copy(d_core, d_x);
+    for (std::size_t j = 0; j < step.groups.size(); ++j) {
+      const Group& g = step.groups[j];
+      if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_m.present()) continue;
+      const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
+      const Tensor part = d_core.row_range(g.begin, g.end);
+      ops_.zero(d_s.o);
+      ops_.scale_columns_backward(part, d_s.o, part, k.groups[j].core_o, s.o);
+      ops_.dora_magnitude_backward(g.adapter->layout.layers[i].o_m.grad, d_s.o, s.o_inverse);
+    }
+  }
+  const Tensor d_o = scratch_.take({n, c.heads * c.head_dim}, type);
+  ops_.linear_backward(d_o, d_core, w.o, false);
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
+    const AdapterLayer& l = g.adapter->layout.layers[i];
+    const Scratch::Frame inner(scratch_);
+    const Tensor d_a = scratch_.take({g.rows(), rank_of(l.o_a)}, type);
+    const ConstTensor d_y = d_core.row_range(g.begin, g.end);
+    ops_.gemm(d_a, d_y, false, l.o_b.compute, false, g.adapter->attention_scale, 0);
+    ops_.gemm(l.o_b.grad, d_y, true, k.groups[j].a_o, false, 1, 1);
+    const ConstTensor x =
+        dropped(step, g, i, site_o, g.adapter->attention_p, k.o.row_range(g.begin, g.end));
+    ops_.gemm(l.o_a.grad, d_a, true, x, false, 1, 1);
+    through_a(step, g, i, site_o, g.adapter->attention_p, d_o.row_range(g.begin, g.end), d_a,
+              l.o_a.compute);
+  }
+
+  const Tensor d_qkv = scratch_.take({n, c.qkv_width()}, type);
+  {
+    const Scratch::Frame inner(scratch_);
+    const Tensor qkv = scaled_and_roped(step, i, k);
+    ops_.attention_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, c.attention_heads());
+  }
+  ops_.rope(d_qkv, d_qkv, model_.rope, step.ids, c.attention_heads(), true);
+
+  const Tensor d_normed = scratch_.take({n, c.hidden}, type),
+               normed = scratch_.take({n, c.hidden}, type);
+  // The embedding below layer 0 is frozen: nothing needs its gradient.
+  const bool needs_input = i > 0;
+  const Tensor r1 = k.r1;
+  ops_.rmsnorm(normed, r1, k.x, w.input_norm, static_cast<float>(c.rms_eps));
+  for (const Group& g : step.groups) {
+    if (g.adapter == nullptr || g.adapter->scales.empty()) continue;
+    const AdapterLayer& l = g.adapter->layout.layers[i];
+    const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
+    for (std::size_t p = 0; p < 3; ++p) {
+      if (!l.qkv_m.at(p).present()) continue;
+      const auto cut = [&](Tensor t) {
+        return t.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
+      };
+      ops_.zero(d_s.qkv.at(p));
+      ops_.scale_columns_backward(cut(d_qkv), d_s.qkv.at(p), cut(d_qkv), cut(k.qkv), s.qkv.at(p));
+      ops_.dora_magnitude_backward(l.qkv_m.at(p).grad, d_s.qkv.at(p), s.qkv_inverse.at(p));
+    }
+  }
+  if (needs_input) ops_.linear_backward(d_normed, d_qkv, w.qkv, false);
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    if (g.adapter == nullptr || qkv_rank(g.adapter->layout.layers[i]) == 0) continue;
+    const AdapterLayer& l = g.adapter->layout.layers[i];
+    const Scratch::Frame inner(scratch_);
+    const Tensor d_a = scratch_.take({g.rows(), qkv_rank(l)}, type);
+    each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+      const ConstTensor d_y =
+          d_qkv.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
+      ops_.gemm(d_a.col_range(from, to), d_y, false, l.qkv_b.at(p).compute, false,
+                g.adapter->attention_scale, 0);
+      ops_.gemm(l.qkv_b.at(p).grad, d_y, true, k.groups[j].a_qkv.col_range(from, to), false, 1, 1);
+    });
+    const float rate_p = g.adapter->attention_p;
+    const ConstTensor x = dropped(step, g, i, site_qkv, rate_p, normed.row_range(g.begin, g.end));
+    const Tensor d_x_rows = d_normed.row_range(g.begin, g.end);
+    const ConstTensor a = stacked(l, false), d_a_weight = stacked(l, true);
+    if (a && d_a_weight) {
+      ops_.gemm(writable(d_a_weight), d_a, true, x, false, 1, 1);
+      if (needs_input) through_a(step, g, i, site_qkv, rate_p, d_x_rows, d_a, a);
+      continue;
+    }
+    each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+      const ConstTensor part = d_a.col_range(from, to);
+      ops_.gemm(l.qkv_a.at(p).grad, part, true, x, false, 1, 1);
+      if (needs_input)
+        through_a(step, g, i, site_qkv, rate_p, d_x_rows, part, l.qkv_a.at(p).compute);
+    });
+  }
+  if (needs_input) ops_.rmsnorm_backward(d_x, d_normed, k.x, w.input_norm, k.r1);
+}
+
+}  // namespace mixlora

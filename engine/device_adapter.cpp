@@ -1,0 +1,173 @@
+#include "engine/device_adapter.h"
+
+#include <string>
+#include <utility>
+
+#include "kernels/trace.h"
+
+namespace mixlora {
+namespace {
+
+/// Declares (scale, inverse) pairs beside every present magnitude.
+void declare_scales(Arena& arena, const AdapterLayer& l, DoraScales& s, bool inverses) {
+  const auto pair = [&](const Parameter& m, Tensor& scale, Tensor& inverse) {
+    if (!m.present()) return;
+    arena.declare("dora_scale", scale, m.shape, DType::f32);
+    if (inverses) arena.declare("dora_inverse", inverse, m.shape, DType::f32);
+  };
+  for (std::size_t i = 0; i < 3; ++i) pair(l.qkv_m.at(i), s.qkv.at(i), s.qkv_inverse.at(i));
+  pair(l.o_m, s.o, s.o_inverse);
+  pair(l.gate_m, s.gate, s.gate_inverse);
+  pair(l.up_m, s.up, s.up_inverse);
+  pair(l.down_m, s.down, s.down_inverse);
+}
+
+}  // namespace
+
+DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const AdapterSpec& adapter,
+                             std::uint64_t trial_seed, bool trainable)
+    : spec(adapter),
+      seed(trial_seed),
+      layout(model, adapter),
+      router(router_of(adapter)),
+      arena_("trainable") {
+  const auto target = [&](Projection p) {
+    return spec.target_modules.at(static_cast<std::size_t>(p));
+  };
+  experts = has_router(spec) ? spec.num_experts : 1;
+  slots = router.slots;
+  rank = expert_rank(spec);
+  attention_scale = static_cast<float>(mixlora::attention_scale(spec));
+  ffn_scale = static_cast<float>(expert_scale(spec));
+  attention_p = trainable ? static_cast<float>(spec.lora_dropout) : 0;
+  expert_p = trainable ? static_cast<float>(expert_dropout(spec)) : 0;
+  per_slot = ffn_dora(spec) && target(Projection::down);
+
+  const Shape flat{layout.elements};
+  const bool copies = ops.activation_type() != DType::f32;
+  arena_.declare("values", values, flat, DType::f32);
+  if (copies) arena_.declare("compute", compute, flat, ops.activation_type());
+  if (trainable) {
+    arena_.declare("grads", grads, flat, DType::f32);
+    const bool momentum = spec.method != Method::base;
+    if (momentum) arena_.declare("moment1", moment1, flat, DType::f32);
+    if (momentum) arena_.declare("moment2", moment2, flat, DType::f32);
+    arena_.declare("norm_squared", norm_squared, {1}, DType::f32);
+  }
+  if (attention_dora(spec) || ffn_dora(spec)) {
+    scales.resize(layout.layers.size());
+    for (std::size_t i = 0; i < scales.size(); ++i)
+      declare_scales(arena_, layout.layers[i], scales[i], true);
+    if (trainable) declare_scales(arena_, layout.layers.front(), d_scales, false);
+  }
+  if (has_router(spec)) {
+    const auto layers = static_cast<std::int64_t>(layout.layers.size());
+    arena_.declare("stats", stats, {layers, 2 * experts + 2}, DType::f32);
+    arena_.declare("fraction", fraction, {layers, experts}, DType::f32);
+    arena_.declare("aux", aux, {2}, DType::f32);
+  }
+  arena_.commit(ops);
+  layout.bind(values.data, grads.data, compute.data, ops.activation_type(), ops.device());
+}
+
+void DeviceAdapter::upload(Backend& ops, const std::vector<float>& numbers) {
+  if (layout.elements == 0) return;
+  ops.upload(values, numbers.data());
+  if (compute) ops.copy(compute, values);
+  stale_ = true;
+}
+
+std::vector<float> DeviceAdapter::download(Backend& ops) const {
+  std::vector<float> numbers(static_cast<std::size_t>(layout.elements));
+  if (!numbers.empty()) ops.download(numbers.data(), values);
+  return numbers;
+}
+
+void DeviceAdapter::step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast) {
+  const trace::Range range("optimizer");
+  stale_ = true;
+  const std::int64_t middle = layout.fast_begin, end = layout.elements;
+  const auto part = [](Tensor t, std::int64_t begin, std::int64_t stop) {
+    return t ? t.col_range(begin, stop).reshaped({stop - begin}) : t;
+  };
+  for (auto [begin, stop, numbers] :
+       {std::tuple{std::int64_t{0}, middle, slow}, {middle, end, fast}}) {
+    if (begin == stop) continue;
+    const Tensor w = part(values, begin, stop), half = part(compute, begin, stop),
+                 g = part(grads, begin, stop), m = part(moment1, begin, stop),
+                 v = part(moment2, begin, stop);
+    if (optim == Optim::adamw)
+      ops.adamw(w, half, g, m, v, numbers, norm_squared);
+    else
+      ops.sgd(w, half, g, m, numbers, norm_squared);
+  }
+}
+
+void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& scratch) {
+  if (!stale_ || scales.empty()) return;
+  stale_ = false;
+  const trace::Range range("dora_scales");
+  const ModelConfig& c = model.config;
+  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  const std::array<std::pair<std::int64_t, std::int64_t>, 3> spans{
+      {{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
+  const DType type = ops.activation_type();
+  const auto cut = [](ConstTensor t, std::int64_t begin, std::int64_t end) {
+    return t.col_range(begin, end).reshaped({end - begin});
+  };
+  for (std::size_t i = 0; i < scales.size(); ++i) {
+    const LayerWeights& w = model.layers[i];
+    AdapterLayer& l = layout.layers[i];
+    DoraScales& s = scales[i];
+    const Scratch::Frame frame(scratch);
+    for (std::size_t p = 0; p < 3; ++p) {
+      if (!l.qkv_m.at(p).present()) continue;
+      const Scratch::Frame inner(scratch);
+      const ConstTensor a = l.qkv_a.at(p).compute;
+      const Tensor wa = scratch.take({a.rows(), c.qkv_width()}, type);
+      ops.linear(wa, a, w.qkv);
+      const auto [begin, end] = spans.at(p);
+      ops.dora_scale(s.qkv.at(p), s.qkv_inverse.at(p), l.qkv_m.at(p).value,
+                     cut(w.qkv_squared, begin, end), a, wa.col_range(begin, end),
+                     l.qkv_b.at(p).compute, attention_scale);
+    }
+    if (l.o_m.present()) {
+      const Tensor wa = scratch.take({l.o_a.compute.rows(), c.hidden}, type);
+      ops.linear(wa, l.o_a.compute, w.o);
+      ops.dora_scale(s.o, s.o_inverse, l.o_m.value, w.o_squared, l.o_a.compute, wa, l.o_b.compute,
+                     attention_scale);
+    }
+    const auto by_expert = [&](Tensor scale, Tensor inverse, const Parameter& m,
+                               ConstTensor squared, ConstTensor a, ConstTensor wa, auto&& b) {
+      for (std::int64_t e = 0; e < experts; ++e) {
+        const auto row = [&](auto t) { return t.row_range(e, e + 1).reshaped({t.cols()}); };
+        ops.dora_scale(row(scale), row(inverse), row(m.value), squared,
+                       a.row_range(e * rank, e * rank + rank),
+                       wa.row_range(e * rank, e * rank + rank), b(e), ffn_scale);
+      }
+    };
+    for (const bool up : {false, true}) {
+      const Parameter &m = up ? l.up_m : l.gate_m, &a = up ? l.up_a : l.gate_a,
+                      &b = up ? l.up_b : l.gate_b;
+      if (!m.present()) continue;
+      const Scratch::Frame inner(scratch);
+      const Tensor wa = scratch.take({experts * rank, 2 * c.ffn}, type);
+      ops.linear(wa, a.compute, w.gate_up);
+      const std::int64_t begin = up ? c.ffn : 0;
+      by_expert(up ? s.up : s.gate, up ? s.up_inverse : s.gate_inverse, m,
+                cut(w.gate_up_squared, begin, begin + c.ffn), a.compute,
+                wa.col_range(begin, begin + c.ffn),
+                [&](std::int64_t e) { return ConstTensor(b.compute.at(e)); });
+    }
+    if (l.down_m.present()) {
+      const Tensor wa = scratch.take({experts * rank, c.hidden}, type);
+      const ConstTensor a = l.down_a.compute.reshaped({experts * rank, c.ffn});
+      ops.linear(wa, a, w.down);
+      by_expert(s.down, s.down_inverse, l.down_m, w.down_squared, a, wa, [&](std::int64_t e) {
+        return ConstTensor(l.down_b.compute.col_range(e * rank, e * rank + rank));
+      });
+    }
+  }
+}
+
+}  // namespace mixlora

@@ -1,0 +1,295 @@
+// The feed-forward half of a block: one table of experts for LoRA, DoRA, MixLoRA and MixDoRA.
+#include <algorithm>
+
+#include "engine/transformer.h"
+#include "kernels/trace.h"
+
+namespace mixlora {
+namespace {
+
+const AdapterLayer& layer_of(const Group& g, std::size_t i) { return g.adapter->layout.layers[i]; }
+bool has_a(const AdapterLayer& l) { return l.gate_a.present() || l.up_a.present(); }
+ConstTensor compute_of(const Parameter& p) {
+  return p.present() ? ConstTensor(p.compute) : ConstTensor();
+}
+
+/// gate_a and up_a as one (2 E R, D) matrix when they lie end to end; absent otherwise.
+Tensor stacked(Tensor gate, Tensor up) {
+  if (!gate || !up || static_cast<std::byte*>(gate.data) + gate.bytes() != up.data) return {};
+  gate.shape = Shape{gate.rows() + up.rows(), gate.cols()};
+  return gate;
+}
+
+Tensor flat_row(Tensor t, std::size_t i) {
+  const auto at = static_cast<std::int64_t>(i);
+  return t.row_range(at, at + 1).reshaped({t.cols()});
+}
+
+}  // namespace
+
+Mixture Transformer::mixture_of(const Step& step, std::size_t i, const Group& g,
+                                const GroupKept& gk, ConstTensor gate_up) const {
+  Mixture m;
+  m.gate_up = gate_up;
+  m.activation = model_.config.activation;
+  m.ids = ids(step, g);
+  if (g.adapter == nullptr) return m;
+  const DeviceAdapter& ad = *g.adapter;
+  const AdapterLayer& l = layer_of(g, i);
+  m.a = gk.a_ffn;
+  m.weights = {compute_of(l.gate_b), compute_of(l.up_b), compute_of(l.down_a), {}, {}};
+  if (!ad.scales.empty()) {
+    m.weights.gate_scale = ad.scales[i].gate;
+    m.weights.up_scale = ad.scales[i].up;
+  }
+  m.slots = gk.slots;
+  m.activation = ad.spec.act_fn.value_or(model_.config.activation);
+  m.scale = ad.ffn_scale;
+  m.dropout = dropout_of(g, i, site_expert_down, rate(step, ad.expert_p));
+  m.per_slot = ad.per_slot;
+  return m;
+}
+
+void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
+                               Tensor delta, bool again) {
+  const trace::Range range("feed_forward");
+  const ModelConfig& c = model_.config;
+  const Scratch::Frame frame(scratch_);
+  // Switch's jitter changes what its experts and its router see.
+  for (const Group& g : step.groups) {
+    if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
+    const float amount = rate(step, static_cast<float>(jitter_noise(g.adapter->spec)));
+    const Tensor rows = normed.row_range(g.begin, g.end);
+    if (amount > 0)
+      ops_.jitter(rows, rows, amount, g.adapter->seed, static_cast<std::int32_t>(i), ids(step, g));
+  }
+  const bool keep = step.training && recompute_ != Recompute::gate_up;
+  k.gate_up = (keep ? kept_ : scratch_).take({step.rows, 2 * c.ffn}, normed.dtype);
+  ops_.linear(k.gate_up, normed, model_.layers[i].gate_up);
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    group_feed_forward(step, i, g, k.groups[j], normed.row_range(g.begin, g.end),
+                       k.gate_up.row_range(g.begin, g.end), delta.row_range(g.begin, g.end), again);
+  }
+}
+
+void Transformer::group_feed_forward(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
+                                     Tensor normed, ConstTensor gate_up, Tensor delta, bool again) {
+  const ModelConfig& c = model_.config;
+  const std::int64_t n = g.rows();
+  const DType type = normed.dtype;
+  const Scratch::Frame frame(scratch_);
+  if (g.adapter == nullptr) {
+    const Tensor h = scratch_.take({n, c.ffn}, type);
+    ops_.mixture(h, {}, mixture_of(step, i, g, gk, gate_up));
+    ops_.linear(delta, h, model_.layers[i].down);
+    return;
+  }
+  const DeviceAdapter& ad = *g.adapter;
+  const AdapterLayer& l = layer_of(g, i);
+  const std::int64_t width = ad.experts * ad.rank;
+  gk.slots.experts = ad.experts;
+  gk.slots.count = ad.slots;
+  gk.slots.rank = ad.rank;
+  if (has_router(ad.spec)) {
+    gk.logits = kept_.take({n, ad.experts}, DType::f32);
+    gk.probabilities = kept_.take({n, ad.experts}, DType::f32);
+    gk.slots.expert = kept_.take({n, ad.slots}, DType::i32);
+    gk.slots.weight = kept_.take({n, ad.slots}, DType::f32);
+    ops_.router_logits(gk.logits, normed, l.router.value);
+    ops_.route(gk.slots, gk.probabilities, flat_row(ad.stats, i), gk.logits, ad.router,
+               g.sequences);
+  }
+  if (has_a(l)) {
+    gk.a_ffn = kept_.take({n, 2 * width}, type);
+    const Scratch::Frame inner(scratch_);
+    const ConstTensor x = dropped(step, g, i, site_ffn, ad.expert_p, normed);
+    if (const Tensor both = stacked(l.gate_a.compute, l.up_a.compute)) {
+      ops_.gemm(gk.a_ffn, x, false, both, true, ad.ffn_scale, 0);
+    } else {
+      if (!l.gate_a.present() || !l.up_a.present()) ops_.zero(gk.a_ffn);
+      if (l.gate_a.present())
+        ops_.gemm(gk.a_ffn.col_range(0, width), x, false, l.gate_a.compute, true, ad.ffn_scale, 0);
+      if (l.up_a.present())
+        ops_.gemm(gk.a_ffn.col_range(width, 2 * width), x, false, l.up_a.compute, true,
+                  ad.ffn_scale, 0);
+    }
+  }
+  if (l.down_a.present()) gk.z = kept_.take({n, ad.slots * ad.rank}, type);
+  const std::int64_t m = ad.per_slot ? ad.slots * n : n;
+  const Tensor h = scratch_.take(ad.per_slot ? Shape{ad.slots, n, c.ffn} : Shape{n, c.ffn}, type);
+  ops_.mixture(h, gk.z, mixture_of(step, i, g, gk, gate_up));
+  if (again && !ad.per_slot) return;  // recomputing: backward does not need the block's output
+
+  const Tensor columns = gk.z ? scratch_.take({m, width}, type) : Tensor();
+  if (gk.z) ops_.slots_to_columns(columns, gk.z, gk.slots, ad.per_slot);
+  if (ad.per_slot) {
+    gk.core_down = kept_.take({ad.slots, n, c.hidden}, type);
+    const Tensor core = gk.core_down.reshaped({m, c.hidden});
+    ops_.linear(core, h.reshaped({m, c.ffn}), model_.layers[i].down);
+    ops_.gemm(core, columns, false, l.down_b.compute, true, 1, 1);
+    ops_.slot_combine(delta, gk.core_down, ad.scales[i].down, gk.slots);
+  } else {
+    ops_.linear(delta, h, model_.layers[i].down);
+    if (gk.z) ops_.gemm(delta, columns, false, l.down_b.compute, true, 1, 1);
+  }
+  if (ad.router.capacity > 0 && ad.router.overflow == Overflow::input)
+    ops_.overflow_input(delta, normed, gk.slots);
+  if (const float p = rate(step, static_cast<float>(ad.spec.ffn_dropout)); p > 0)
+    ops_.dropout(delta, delta, dropout_of(g, i, site_ffn_output, p), ids(step, g));
+}
+
+/// Adds the feed-forward half's gradient to d_x, which holds the gradient of x2 +
+/// feed_forward(norm(x2)).
+void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x) {
+  const trace::Range range("feed_forward_backward");
+  const ModelConfig& c = model_.config;
+  const LayerWeights& w = model_.layers[i];
+  const std::int64_t n = step.rows;
+  const DType type = d_x.dtype;
+  const Scratch::Frame frame(scratch_);
+  const Tensor normed = scratch_.take({n, c.hidden}, type),
+               d_normed = scratch_.take({n, c.hidden}, type);
+  ops_.rmsnorm(normed, k.r2, k.x2, w.post_norm, static_cast<float>(c.rms_eps));
+  for (const Group& g : step.groups) {
+    if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
+    const auto amount = static_cast<float>(jitter_noise(g.adapter->spec));
+    const Tensor rows = normed.row_range(g.begin, g.end);
+    if (amount > 0)
+      ops_.jitter(rows, rows, amount, g.adapter->seed, static_cast<std::int32_t>(i), ids(step, g));
+  }
+  if (recompute_ == Recompute::gate_up) {
+    k.gate_up = scratch_.take({n, 2 * c.ffn}, type);
+    ops_.linear(k.gate_up, normed, w.gate_up);
+  }
+  const Tensor d_gate_up = scratch_.take({n, 2 * c.ffn}, type);
+  std::vector<Tensor> ps(step.groups.size()), d_weights(step.groups.size()),
+      d_overflow(step.groups.size());
+
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    GroupKept& gk = k.groups[j];
+    if (g.adapter != nullptr) {
+      const DeviceAdapter& ad = *g.adapter;
+      if (has_a(layer_of(g, i))) ps[j] = scratch_.take({g.rows(), 2 * ad.experts * ad.rank}, type);
+      if (has_router(ad.spec)) d_weights[j] = scratch_.take({g.rows(), ad.slots}, DType::f32);
+      if (ad.router.capacity > 0 && ad.router.overflow == Overflow::input) {
+        d_overflow[j] = scratch_.take({g.rows(), c.hidden}, type);
+        ops_.zero(d_overflow[j]);
+      }
+    }
+    const Scratch::Frame inner(scratch_);
+    Tensor d_y = d_x.row_range(g.begin, g.end);
+    const Mixture m = mixture_of(step, i, g, gk, k.gate_up.row_range(g.begin, g.end));
+    const Tensor d_part = d_gate_up.row_range(g.begin, g.end);
+    if (g.adapter == nullptr) {
+      const Tensor d_h = scratch_.take({g.rows(), c.ffn}, type);
+      ops_.linear_backward(d_h, d_y, w.down, false);
+      ops_.mixture_backward(d_part, {}, {}, {}, d_h, {}, {}, m);
+      continue;
+    }
+    DeviceAdapter& ad = *g.adapter;
+    const AdapterLayer& l = layer_of(g, i);
+    const float output_p = static_cast<float>(ad.spec.ffn_dropout);
+    if (output_p > 0 || d_overflow[j]) {
+      const Tensor own = scratch_.take({g.rows(), c.hidden}, type);
+      if (output_p > 0)
+        ops_.dropout(own, d_y, dropout_of(g, i, site_ffn_output, output_p), ids(step, g));
+      else
+        ops_.copy(own, d_y);
+      d_y = own;
+    }
+    const Tensor d_weight_over =
+        d_overflow[j] ? scratch_.take({g.rows(), ad.slots}, DType::f32) : Tensor();
+    if (d_overflow[j]) {
+      ops_.zero(d_weight_over);
+      ops_.overflow_input_backward(d_overflow[j], d_weight_over, d_y,
+                                   normed.row_range(g.begin, g.end), gk.slots);
+    }
+    const std::int64_t rows = ad.per_slot ? ad.slots * g.rows() : g.rows();
+    const std::int64_t width = ad.experts * ad.rank;
+    const bool down = l.down_a.present();
+    ConstTensor d_core = d_y;
+    if (ad.per_slot) {
+      const Tensor slots_d = scratch_.take({ad.slots, g.rows(), c.hidden}, type);
+      ops_.zero(ad.d_scales.down);
+      Tensor d_w = d_weights[j];
+      if (!d_w) d_w = scratch_.take({g.rows(), ad.slots}, DType::f32);
+      ops_.slot_combine_backward(slots_d, d_w, ad.d_scales.down, d_y, gk.core_down,
+                                 ad.scales[i].down, gk.slots);
+      ops_.dora_magnitude_backward(l.down_m.grad, ad.d_scales.down, ad.scales[i].down_inverse);
+      d_core = slots_d.reshaped({rows, c.hidden});
+    }
+    const Tensor d_h = scratch_.take(
+        ad.per_slot ? Shape{ad.slots, g.rows(), c.ffn} : Shape{g.rows(), c.ffn}, type);
+    ops_.linear_backward(d_h.reshaped({rows, c.ffn}), d_core, w.down, false);
+    Tensor q;
+    if (down) {
+      q = scratch_.take({rows, width}, type);
+      ops_.gemm(q, d_core, false, l.down_b.compute, false, 1, 0);
+      const Tensor columns = scratch_.take({rows, width}, type);
+      ops_.slots_to_columns(columns, gk.z, gk.slots, ad.per_slot);
+      ops_.gemm(l.down_b.grad, d_core, true, columns, false, 1, 1);
+    }
+    const bool scaled = l.gate_m.present() || l.up_m.present();
+    if (l.gate_m.present()) ops_.zero(ad.d_scales.gate);
+    if (l.up_m.present()) ops_.zero(ad.d_scales.up);
+    const MixtureGrads grads{l.gate_b.grad, l.up_b.grad, l.down_a.grad,
+                             scaled ? ad.d_scales.gate : Tensor(),
+                             scaled ? ad.d_scales.up : Tensor()};
+    ops_.mixture_backward(d_part, ad.per_slot ? Tensor() : d_weights[j], ps[j], grads, d_h, q, gk.z,
+                          m);
+    if (l.gate_m.present())
+      ops_.dora_magnitude_backward(l.gate_m.grad, ad.d_scales.gate, ad.scales[i].gate_inverse);
+    if (l.up_m.present())
+      ops_.dora_magnitude_backward(l.up_m.grad, ad.d_scales.up, ad.scales[i].up_inverse);
+    if (d_overflow[j] && d_weights[j]) ops_.add(d_weights[j], d_weight_over);
+  }
+
+  ops_.linear_backward(d_normed, d_gate_up, w.gate_up, false);
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    if (g.adapter == nullptr) continue;
+    const DeviceAdapter& ad = *g.adapter;
+    const AdapterLayer& l = layer_of(g, i);
+    const Scratch::Frame inner(scratch_);
+    const Tensor rows = normed.row_range(g.begin, g.end),
+                 d_rows = d_normed.row_range(g.begin, g.end);
+    if (ps[j]) {
+      const std::int64_t width = ad.experts * ad.rank;
+      const ConstTensor x = dropped(step, g, i, site_ffn, ad.expert_p, rows);
+      const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
+                   d_both = stacked(l.gate_a.grad, l.up_a.grad);
+      if (both && d_both) {
+        ops_.gemm(d_both, ps[j], true, x, false, 1, 1);
+        through_a(step, g, i, site_ffn, ad.expert_p, d_rows, ps[j], both);
+      } else {
+        for (const bool up : {false, true}) {
+          const Parameter& a = up ? l.up_a : l.gate_a;
+          if (!a.present()) continue;
+          const Tensor p = up ? ps[j].col_range(width, 2 * width) : ps[j].col_range(0, width);
+          ops_.gemm(a.grad, p, true, x, false, 1, 1);
+          through_a(step, g, i, site_ffn, ad.expert_p, d_rows, p, a.compute);
+        }
+      }
+    }
+    if (has_router(ad.spec)) {
+      const bool losses = ad.spec.router_loss;
+      const float coef = losses ? static_cast<float>(ad.spec.router_aux_loss_coef) : 0;
+      const bool z = losses && ad.spec.routing_strategy == Routing::mixlora_switch;
+      const Tensor d_logits = scratch_.take({g.rows(), ad.experts}, DType::f32);
+      ops_.route_backward(d_logits, d_weights[j], k.groups[j].slots, k.groups[j].probabilities,
+                          k.groups[j].logits, flat_row(ad.fraction, i), ad.router, coef,
+                          z ? static_cast<float>(ad.spec.router_z_loss_coef) : 0,
+                          static_cast<std::int64_t>(model_.layers.size()), g.aux_factor);
+      ops_.router_backward(l.router.grad, d_rows, d_logits, rows, l.router.value);
+      if (d_overflow[j]) ops_.add(d_rows, d_overflow[j]);
+      const auto amount = static_cast<float>(jitter_noise(ad.spec));
+      if (amount > 0)
+        ops_.jitter(d_rows, d_rows, amount, ad.seed, static_cast<std::int32_t>(i), ids(step, g));
+    }
+  }
+  ops_.rmsnorm_backward(d_x, d_normed, k.x2, w.post_norm, k.r2);
+}
+
+}  // namespace mixlora

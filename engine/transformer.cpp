@@ -1,0 +1,112 @@
+#include "engine/transformer.h"
+
+#include <optional>
+#include <utility>
+
+#include "kernels/trace.h"
+
+namespace mixlora {
+
+Dropout Transformer::dropout_of(const Group& g, std::size_t layer, std::uint32_t site,
+                                float p) const {
+  return {p, g.adapter->seed, static_cast<std::int32_t>(layer), site};
+}
+
+ConstTensor Transformer::dropped(const Step& step, const Group& g, std::size_t layer,
+                                 std::uint32_t site, float p, ConstTensor x) {
+  if (rate(step, p) == 0) return x;
+  const Tensor y = scratch_.take({x.rows(), x.cols()}, x.dtype);
+  ops_.dropout(y, x, dropout_of(g, layer, site, p), ids(step, g));
+  return y;
+}
+
+void Transformer::through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
+                            float p, Tensor d_x, ConstTensor d_a, ConstTensor a) {
+  if (rate(step, p) == 0) {
+    ops_.gemm(d_x, d_a, false, a, false, 1, 1);
+    return;
+  }
+  const Scratch::Frame frame(scratch_);
+  const Tensor d_dropped = scratch_.take({d_x.rows(), d_x.cols()}, d_x.dtype);
+  ops_.gemm(d_dropped, d_a, false, a, false, 1, 0);
+  ops_.dropout_backward_add(d_x, d_dropped, dropout_of(g, layer, site, p), ids(step, g));
+}
+
+void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
+                                Tensor delta, bool again) {
+  const trace::Range range("layer");
+  const DType type = normed.dtype;
+  const std::int64_t n = step.rows, d = model_.config.hidden;
+  attention_forward(step, i, k, normed, delta);
+  k.x2 = kept_.take({n, d}, type);
+  k.r2 = kept_.take({n}, DType::f32);
+  ops_.add_rmsnorm(k.x2, normed, k.r2, k.x, delta, model_.layers[i].post_norm,
+                   static_cast<float>(model_.config.rms_eps));
+  feed_forward(step, i, k, normed, delta, again);
+}
+
+Tensor Transformer::forward(const Step& step) {
+  const trace::Range range("forward");
+  const ModelConfig& c = model_.config;
+  const DType type = ops_.activation_type();
+  const auto eps = static_cast<float>(c.rms_eps);
+  const std::int64_t n = step.rows, d = c.hidden;
+  const auto count = model_.layers.size();
+  for (const Group& g : step.groups)
+    if (g.adapter != nullptr) g.adapter->refresh_scales(ops_, model_, scratch_);
+
+  const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
+  layers_.assign(count + 1, {});
+  // Without training two inputs take turns; with it every layer keeps its own.
+  std::array<std::pair<Tensor, Tensor>, 2> turns;
+  if (!step.training)
+    for (auto& [x, r] : turns) x = kept_.take({n, d}, type), r = kept_.take({n}, DType::f32);
+  const auto open = [&](std::size_t i) {
+    LayerKept& k = layers_[i];
+    if (step.training) {
+      k.x = kept_.take({n, d}, type);
+      k.r1 = kept_.take({n}, DType::f32);
+    } else {
+      std::tie(k.x, k.r1) = turns.at(i % 2);
+    }
+  };
+  open(0);
+  ops_.embedding(layers_[0].x, model_.embedding, step.tokens);
+  ops_.rmsnorm(normed, layers_[0].r1, layers_[0].x, model_.layers[0].input_norm, eps);
+  for (std::size_t i = 0; i < count; ++i) {
+    open(i + 1);
+    std::optional<Scratch::Frame> frame;
+    if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
+    layer_forward(step, i, layers_[i], normed, delta, false);
+    const ConstTensor norm = i + 1 < count ? model_.layers[i + 1].input_norm : model_.final_norm;
+    ops_.add_rmsnorm(layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta, norm, eps);
+  }
+  return normed;
+}
+
+void Transformer::backward(const Step& step, ConstTensor d_hidden) {
+  const trace::Range range("backward");
+  const auto eps = static_cast<float>(model_.config.rms_eps);
+  const std::int64_t n = step.rows, d = model_.config.hidden;
+  const DType type = ops_.activation_type();
+  const auto count = model_.layers.size();
+  const Scratch::Frame outer(scratch_);
+  const Tensor d_x = scratch_.take({n, d}, type);
+  ops_.zero(d_x);
+  ops_.rmsnorm_backward(d_x, d_hidden, layers_[count].x, model_.final_norm, layers_[count].r1);
+  for (std::size_t i = count; i-- > 0;) {
+    LayerKept& k = layers_[i];
+    const Scratch::Frame kept(kept_);
+    if (recompute_ == Recompute::layer) {
+      const trace::Range again("recompute");
+      const Scratch::Frame frame(scratch_);
+      const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
+      ops_.rmsnorm(normed, k.r1, k.x, model_.layers[i].input_norm, eps);
+      layer_forward(step, i, k, normed, delta, true);
+    }
+    feed_forward_backward(step, i, k, d_x);
+    attention_backward(step, i, k, d_x);
+  }
+}
+
+}  // namespace mixlora

@@ -1,0 +1,101 @@
+// Transformer: forward and backward of the adapted model over one step's rows.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "engine/device_adapter.h"
+#include "engine/model.h"
+#include "engine/specs.h"
+#include "kernels/arena.h"
+#include "kernels/backend.h"
+
+namespace mixlora {
+
+/// Rows [begin, end) of a step belong to one adapter; its sequences count rows from `begin`.
+struct Group {
+  std::int64_t begin = 0, end = 0;
+  DeviceAdapter* adapter = nullptr;  // null: the base model alone
+  Sequences sequences;
+  float aux_factor = 1;  // share of the optimizer step's tokens that this group's rows are
+  std::int64_t rows() const { return end - begin; }
+};
+
+/// One pass over the model: tokens of all sequences of all groups, end to end.
+struct Step {
+  std::int64_t rows = 0;
+  Tensor tokens;  // (N) i32
+  Tensor ids;     // (N, 4) i32: sample, position, step, adapter
+  Sequences sequences;
+  std::vector<Group> groups;  // in row order, covering all rows
+  bool training = false;      // dropout and jitter on, things kept for backward
+};
+
+/// What one group keeps of one layer for backward; absent parts are not used by its method.
+struct GroupKept {
+  Tensor a_qkv;                  // (n, sum of ranks): s A x~ of the targeted ones of q, k, v
+  Tensor a_o;                    // (n, R)
+  Tensor core_o;                 // (n, D) before DoRA's scale
+  Tensor a_ffn;                  // (n, 2 E R)
+  Tensor z;                      // (n, K R)
+  Tensor logits, probabilities;  // (n, E) f32
+  Slots slots;
+  Tensor core_down;  // (K, n, D) before DoRA's scale
+};
+struct LayerKept {
+  Tensor x, r1;  // (N, D) input of the layer; (N) f32 its 1/rms
+  Tensor qkv;  // (N, (H + 2 Hkv) head_dim): roped, or before scale and rope when any group has DoRA
+               // here
+  Tensor o, lse;   // (N, H head_dim); (N, H) f32
+  Tensor x2, r2;   // (N, D) after attention; (N) f32
+  Tensor gate_up;  // (N, 2F)
+  std::vector<GroupKept> groups;
+};
+
+class Transformer {
+ public:
+  /// `kept` holds what backward needs, `scratch` the rest; both are reset by each call of
+  /// `forward`'s owner frame.
+  Transformer(Backend& ops, const Model& model, Scratch& kept, Scratch& scratch,
+              Recompute recompute)
+      : ops_(ops), model_(model), kept_(kept), scratch_(scratch), recompute_(recompute) {}
+
+  /// Final normalised hidden rows (N, D), in scratch memory of the caller's frame.
+  Tensor forward(const Step& step);
+  /// From the gradient of forward's result; adds into the adapters' gradients.
+  void backward(const Step& step, ConstTensor d_hidden);
+
+ private:
+  void layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed, Tensor delta,
+                     bool again);
+  void attention_forward(const Step& step, std::size_t i, LayerKept& k, ConstTensor normed,
+                         Tensor delta);
+  void attention_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
+  static bool scales_qkv(const Step& step, std::size_t i);  // some group has DoRA on q, k or v
+  Tensor scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k);
+  void feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed, Tensor delta,
+                    bool again);
+  void group_feed_forward(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
+                          Tensor normed, ConstTensor gate_up, Tensor delta, bool again);
+  void feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
+
+  Mixture mixture_of(const Step& step, std::size_t i, const Group& g, const GroupKept& gk,
+                     ConstTensor gate_up) const;
+  Dropout dropout_of(const Group& g, std::size_t layer, std::uint32_t site, float p) const;
+  float rate(const Step& step, float p) const { return step.training ? p : 0; }
+  RowIds ids(const Step& step, const Group& g) const { return step.ids.row_range(g.begin, g.end); }
+  /// dropout(x) of a group's rows: x itself when inactive, else scratch memory.
+  ConstTensor dropped(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
+                      float p, ConstTensor x);
+  /// d_x += mask (d_a A), the gradient through `dropped` and the product with A.
+  void through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site, float p,
+                 Tensor d_x, ConstTensor d_a, ConstTensor a);
+
+  Backend& ops_;
+  const Model& model_;
+  Scratch& kept_;
+  Scratch& scratch_;
+  Recompute recompute_;
+  std::vector<LayerKept> layers_;
+};
+
+}  // namespace mixlora

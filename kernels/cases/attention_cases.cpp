@@ -1,0 +1,120 @@
+// Rotary embedding and attention: packed sequences, shared prefixes, grouped heads.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cases/op_cases.h"
+#include "kernels/reference/attention.h"
+
+namespace mixlora::cases {
+namespace {
+
+using reference::Index;
+
+struct Layout {
+  std::string name;
+  std::vector<std::int32_t> table;  // (S, 4)
+  Heads heads;
+  Index sequences() const { return static_cast<Index>(table.size()) / 4; }
+  Index column(std::size_t c) const {
+    Index top = 0;
+    for (std::size_t i = c; i < table.size(); i += 4) top = std::max<Index>(top, table[i]);
+    return top;
+  }
+  Index rows() const {
+    Index end = 0;
+    for (std::size_t i = 0; i < table.size(); i += 4)
+      end = std::max<Index>(end, table[i] + table[i + 1]);
+    return end;
+  }
+  Index width() const { return (heads.heads + 2 * heads.kv_heads) * heads.head_dim; }
+  Sequences on(const Array& a) const { return {a.device, sequences(), column(1), column(3)}; }
+  double pairs() const {  // (query, key) pairs a head
+    double sum = 0;
+    for (std::size_t i = 0; i < table.size(); i += 4)
+      sum += table[i + 1] * (table[i + 3] + 0.5 * (table[i + 1] + 1));
+    return sum * static_cast<double>(heads.heads);
+  }
+};
+
+void attention_cases(std::vector<OpCase>& t, const Layout& l) {
+  const Index n = l.rows(), h = l.heads.heads, d = l.heads.head_dim;
+  const double work = l.pairs() * static_cast<double>(d);
+  t.push_back(
+      {"attention " + l.name, kChained, 4 * work, [=](Workbench& w) {
+         Array &qkv = w.input({n, l.width()}, w.act()),
+               &table = w.integers({l.sequences(), 4}, l.table);
+         Array &o = w.output("o", {n, h * d}, w.act()), &lse = w.output("lse", {n, h}, DType::f32);
+         w.run = [=, &w, &qkv, &table, &o, &lse] {
+           w.ops.attention(o.device, lse.device, qkv.device, l.on(table), l.heads);
+         };
+         w.reference = [=, &qkv, &o, &lse] {
+           reference::attention(o.data(), lse.data(), qkv.data(), l.table.data(), l.sequences(),
+                                l.heads);
+         };
+       }});
+  t.push_back({"attention_backward " + l.name, kChained, 10 * work, [=](Workbench& w) {
+                 Array &qkv = w.input({n, l.width()}, w.act()),
+                       &table = w.integers({l.sequences(), 4}, l.table);
+                 Array& g = w.input({n, h * d}, w.act());
+                 std::vector<double> o_true(static_cast<std::size_t>(n * h * d)),
+                     lse_true(static_cast<std::size_t>(n * h));
+                 reference::attention(o_true.data(), lse_true.data(), qkv.data(), l.table.data(),
+                                      l.sequences(), l.heads);
+                 Array &o = w.numbers({n, h * d}, w.act(), o_true),
+                       &lse = w.numbers({n, h}, DType::f32, lse_true);
+                 Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
+                 w.run = [=, &w, &qkv, &table, &g, &o, &lse, &d_qkv] {
+                   w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device,
+                                            lse.device, l.on(table), l.heads);
+                 };
+                 w.reference = [=, &qkv, &g, &o, &lse, &d_qkv] {
+                   reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(),
+                                                 lse.data(), l.table.data(), l.sequences(), l.heads,
+                                                 n);
+                 };
+               }});
+}
+
+OpCase rope(const Layout& l, bool inverse) {
+  const Index n = l.rows(), d = l.heads.head_dim;
+  return {
+      "rope " + l.name + (inverse ? " inverse" : ""), kRounded,
+      6.0 * static_cast<double>(n * l.width()) / 2, [=](Workbench& w) {
+        std::vector<double> angles;
+        for (Index p = 0; p < n; ++p)
+          for (Index j = 0; j < d; ++j) {
+            const double a =
+                static_cast<double>(p) *
+                std::pow(1e4, -2.0 * static_cast<double>(j % (d / 2)) / static_cast<double>(d));
+            angles.push_back(j < d / 2 ? std::cos(a) : std::sin(a));
+          }
+        Array &x = w.input({n, l.width()}, w.act()), &table = w.numbers({n, d}, DType::f32, angles);
+        Array &ids = w.row_ids(n), &y = w.output("y", {n, l.width()}, w.act());
+        w.run = [=, &w, &x, &table, &ids, &y] {
+          w.ops.rope(y.device, x.device, table.device, ids.device, l.heads, inverse);
+        };
+        w.reference = [=, &x, &table, &ids, &y] {
+          reference::rope(y.data(), x.data(), table.data(), ids.index(), l.heads, inverse, n);
+        };
+      }};
+}
+
+}  // namespace
+
+void add_attention_cases(std::vector<OpCase>& t) {
+  const std::vector<Layout> layouts = {
+      {"one row", {0, 1, 0, 0}, {1, 1, 64}},
+      {"3 sequences 9:3x64", {0, 37, 0, 0, 37, 1, 0, 0, 38, 65, 0, 0}, {9, 3, 64}},
+      {"4 choices of a prefix 9:3x64",
+       {0, 70, 0, 0, 70, 3, 0, 70, 73, 17, 0, 70, 90, 1, 0, 33},
+       {9, 3, 64}},
+      {"2x128 9:3x64 (SmolLM2)", {0, 128, 0, 0, 128, 128, 0, 0}, {9, 3, 64}},
+      {"2x96 4:4x128 (Llama)", {0, 96, 0, 0, 96, 96, 0, 0}, {4, 4, 128}}};
+  for (const Layout& l : layouts) {
+    t.push_back(rope(l, false));
+    t.push_back(rope(l, true));
+    attention_cases(t, l);
+  }
+}
+
+}  // namespace mixlora::cases

@@ -1,0 +1,265 @@
+// The gated feed-forward with experts, and the slots around it.
+#include "kernels/cases/op_cases.h"
+#include "kernels/reference/slots.h"
+
+namespace mixlora::cases {
+namespace {
+
+using reference::Choice;
+using reference::Index;
+
+struct Block {
+  std::string name;
+  Index rows, width, experts = 1, slots = 1, rank = 0;
+  bool gate = true, up = true, down = true, scales = false, per_slot = false;
+  float dropout = 0;
+  Activation activation = Activation::silu;
+  bool a() const { return rank > 0 && (gate || up); }
+  bool routed() const { return experts > 1; }
+};
+
+/// Slots with distinct experts a row, now and then none (-1), weights that sum to about 1.
+struct SlotArrays {
+  Array *expert = nullptr, *weight = nullptr;
+  Index experts = 1, count = 1, rank = 0;
+  Slots device() const {
+    return {expert ? expert->device : Tensor(), weight ? weight->device : Tensor(), experts, count,
+            rank};
+  }
+  Choice<double> host() const {
+    return {expert ? expert->index() : nullptr, weight ? weight->data() : nullptr, experts, count,
+            rank};
+  }
+};
+SlotArrays random_slots(Workbench& w, Index n, Index e, Index k, Index rank) {
+  SlotArrays s{nullptr, nullptr, e, k, rank};
+  if (e == 1) return s;
+  std::vector<std::int32_t> expert;
+  for (Index i = 0; i < n; ++i) {
+    const auto first = w.below(e);
+    for (Index j = 0; j < k; ++j)
+      expert.push_back(w.below(8) == 0 ? -1 : static_cast<std::int32_t>((first + j) % e));
+  }
+  s.expert = &w.integers({n, k}, expert);
+  s.weight = &w.input({n, k}, DType::f32, 0.1, 1.0 / static_cast<double>(k));
+  return s;
+}
+
+/// The arrays of one mixture call, absent parts null.
+struct Parts {
+  Array *gate_up, *a = nullptr, *gate_b = nullptr, *up_b = nullptr, *down_a = nullptr,
+                  *gate_scale = nullptr, *up_scale = nullptr, *ids;
+  SlotArrays slots;
+  Dropout drop;
+};
+Parts parts(Workbench& w, const Block& b) {
+  const Index n = b.rows, f = b.width, e = b.experts, r = b.rank;
+  Parts p{};
+  p.gate_up = &w.input({n, 2 * f}, w.act());
+  if (b.a()) p.a = &w.input({n, 2 * e * r}, w.act(), 0.5);
+  if (b.a() && b.gate) p.gate_b = &w.input({e, f, r}, w.act(), 0.2);
+  if (b.a() && b.up) p.up_b = &w.input({e, f, r}, w.act(), 0.2);
+  if (b.rank > 0 && b.down) p.down_a = &w.input({e, r, f}, w.act(), 0.05);
+  if (b.scales) p.gate_scale = &w.input({e, f}, DType::f32, 0.1, 1);
+  if (b.scales) p.up_scale = &w.input({e, f}, DType::f32, 0.1, 1);
+  p.ids = &w.row_ids(n);
+  p.slots = random_slots(w, n, e, b.slots, r);
+  p.drop = {b.dropout, w.key(), 2, site_expert_down};
+  return p;
+}
+ConstTensor device(const Array* a) { return a ? ConstTensor(a->device) : ConstTensor(); }
+double* host(Array* a) { return a ? a->data() : nullptr; }
+
+Mixture on_device(const Parts& p, const Block& b) {
+  Mixture m;
+  m.gate_up = p.gate_up->device, m.a = device(p.a);
+  m.weights = {device(p.gate_b), device(p.up_b), device(p.down_a), device(p.gate_scale),
+               device(p.up_scale)};
+  m.slots = p.slots.device(), m.activation = b.activation, m.scale = 2, m.dropout = p.drop;
+  m.ids = p.ids->device, m.per_slot = b.per_slot;
+  return m;
+}
+reference::MixtureInput<double> on_host(const Parts& p, const Block& b) {
+  return {p.gate_up->data(),
+          host(p.a),
+          host(p.gate_b),
+          host(p.up_b),
+          host(p.down_a),
+          host(p.gate_scale),
+          host(p.up_scale),
+          p.slots.host(),
+          b.activation,
+          2,
+          p.drop,
+          p.ids->index(),
+          b.per_slot,
+          b.rows,
+          b.width};
+}
+
+double work(const Block& b) {
+  const double products =
+      (b.gate && b.a() ? 1 : 0) + (b.up && b.a() ? 1 : 0) + (b.down && b.rank > 0 ? 1 : 0);
+  return static_cast<double>(b.rows * b.slots * b.width) *
+         (2 * products * static_cast<double>(b.rank) + 6);
+}
+Shape out_shape(const Block& b) {
+  return b.per_slot ? Shape{b.slots, b.rows, b.width} : Shape{b.rows, b.width};
+}
+
+OpCase forward(const Block& b) {
+  return {"mixture " + b.name, kChained, work(b), [=](Workbench& w) {
+            const Parts p = parts(w, b);
+            Array& out = w.output("out", out_shape(b), w.act());
+            Array* z = p.down_a ? &w.output("z", {b.rows, b.slots * b.rank}, w.act()) : nullptr;
+            w.run = [=, &w, &out] {
+              w.ops.mixture(out.device, z ? z->device : Tensor(), on_device(p, b));
+            };
+            w.reference = [=, &out] { reference::mixture(out.data(), host(z), on_host(p, b)); };
+          }};
+}
+
+OpCase backward(const Block& b) {
+  return {
+      "mixture_backward " + b.name, kChained, 3 * work(b), [=](Workbench& w) {
+        const Parts p = parts(w, b);
+        const Index n = b.rows, f = b.width, e = b.experts, r = b.rank;
+        Array& g = w.input(out_shape(b), w.act());
+        Array* q = p.down_a ? &w.input({(b.per_slot ? b.slots : 1) * n, e * r}, w.act()) : nullptr;
+        Array* z = nullptr;
+        if (p.down_a) {
+          std::vector<double> out(static_cast<std::size_t>(out_shape(b).numel())),
+              z_true(static_cast<std::size_t>(n * b.slots * r));
+          reference::mixture(out.data(), z_true.data(), on_host(p, b));
+          z = &w.numbers({n, b.slots * r}, w.act(), z_true);
+        }
+        const auto grad = [&](const char* name, const Array* like) {
+          return like ? &w.updated(name, like->device.shape, DType::f32) : nullptr;
+        };
+        Array& d_gate_up = w.output("d_gate_up", {n, 2 * f}, w.act());
+        Array* d_weight = b.per_slot ? nullptr : &w.output("d_weight", {n, b.slots}, DType::f32);
+        Array* dp = p.a ? &w.output("p", {n, 2 * e * r}, w.act()) : nullptr;
+        Array *gb = grad("d_gate_b", p.gate_b), *ub = grad("d_up_b", p.up_b),
+              *da = grad("d_down_a", p.down_a);
+        Array *gs = grad("d_gate_scale", p.gate_scale), *us = grad("d_up_scale", p.up_scale);
+        w.run = [=, &w, &g, &d_gate_up] {
+          const auto t = [](const Array* x) { return x ? x->device : Tensor(); };
+          w.ops.mixture_backward(d_gate_up.device, t(d_weight), t(dp),
+                                 {t(gb), t(ub), t(da), t(gs), t(us)}, g.device, device(q),
+                                 device(z), on_device(p, b));
+        };
+        w.reference = [=, &g, &d_gate_up] {
+          reference::mixture_backward(d_gate_up.data(), host(d_weight), host(dp),
+                                      {host(gb), host(ub), host(da), host(gs), host(us)}, g.data(),
+                                      host(q), host(z), on_host(p, b));
+        };
+      }};
+}
+
+OpCase columns(Index n, Index e, Index k, Index r, bool per_slot) {
+  return {"slots_to_columns " + times({n, e, k, r}) + (per_slot ? " apart" : ""), kRounded,
+          static_cast<double>(n * k * r), [=](Workbench& w) {
+            const SlotArrays s = random_slots(w, n, e, k, r);
+            Array &z = w.input({n, k * r}, w.act()),
+                  &y = w.output("columns", {(per_slot ? k : 1) * n, e * r}, w.act());
+            w.run = [=, &w, &z, &y] {
+              w.ops.slots_to_columns(y.device, z.device, s.device(), per_slot);
+            };
+            w.reference = [=, &z, &y] {
+              reference::slots_to_columns(y.data(), z.data(), s.host(), per_slot, n);
+            };
+          }};
+}
+
+void slot_cases(std::vector<OpCase>& t, Index n, Index d, Index e, Index k) {
+  const double work = static_cast<double>(n * k * d);
+  const auto shape = times({n, d, e, k});
+  t.push_back({"slot_combine " + shape, kSummed, 3 * work, [=](Workbench& w) {
+                 const SlotArrays s = random_slots(w, n, e, k, 4);
+                 Array &core = w.input({k, n, d}, w.act()),
+                       &scale = w.input({e, d}, DType::f32, 0.1, 1),
+                       &y = w.output("y", {n, d}, w.act());
+                 w.run = [=, &w, &core, &scale, &y] {
+                   w.ops.slot_combine(y.device, core.device, scale.device, s.device());
+                 };
+                 w.reference = [=, &core, &scale, &y] {
+                   reference::slot_combine(y.data(), core.data(), scale.data(), s.host(), n, d);
+                 };
+               }});
+  t.push_back({"slot_combine_backward " + shape, kSummed, 7 * work, [=](Workbench& w) {
+                 const SlotArrays s = random_slots(w, n, e, k, 4);
+                 Array &core = w.input({k, n, d}, w.act()),
+                       &scale = w.input({e, d}, DType::f32, 0.1, 1), &g = w.input({n, d}, w.act());
+                 Array &d_core = w.output("d_core", {k, n, d}, w.act()),
+                       &d_w = w.output("d_weight", {n, k}, DType::f32);
+                 Array& d_scale = w.updated("d_scale", {e, d}, DType::f32);
+                 w.run = [=, &w, &core, &scale, &g, &d_core, &d_w, &d_scale] {
+                   w.ops.slot_combine_backward(d_core.device, d_w.device, d_scale.device, g.device,
+                                               core.device, scale.device, s.device());
+                 };
+                 w.reference = [=, &core, &scale, &g, &d_core, &d_w, &d_scale] {
+                   reference::slot_combine_backward(d_core.data(), d_w.data(), d_scale.data(),
+                                                    g.data(), core.data(), scale.data(), s.host(),
+                                                    n, d);
+                 };
+               }});
+  t.push_back(
+      {"overflow_input " + times({n, d}), kRounded, static_cast<double>(n * d), [=](Workbench& w) {
+         const SlotArrays s = random_slots(w, n, e, 1, 0);
+         Array &x = w.input({n, d}, w.act()), &y = w.updated("y", {n, d}, w.act());
+         w.run = [=, &w, &x, &y] { w.ops.overflow_input(y.device, x.device, s.device()); };
+         w.reference = [=, &x, &y] {
+           reference::overflow_input(y.data(), x.data(), s.host(), n, d);
+         };
+       }});
+  t.push_back({"overflow_input_backward " + times({n, d}), kSummed,
+               4.0 * static_cast<double>(n * d), [=](Workbench& w) {
+                 const SlotArrays s = random_slots(w, n, e, 1, 0);
+                 Array &x = w.input({n, d}, w.act()), &d_x = w.updated("d_x", {n, d}, w.act()),
+                       &g = w.updated("d_y", {n, d}, w.act());
+                 Array& d_w = w.updated("d_weight", {n, 1}, DType::f32);
+                 w.run = [=, &w, &x, &d_x, &g, &d_w] {
+                   w.ops.overflow_input_backward(d_x.device, d_w.device, g.device, x.device,
+                                                 s.device());
+                 };
+                 w.reference = [=, &x, &d_x, &g, &d_w] {
+                   reference::overflow_input_backward(d_x.data(), d_w.data(), g.data(), x.data(),
+                                                      s.host(), n, d);
+                 };
+               }});
+}
+
+}  // namespace
+
+void add_mixture_cases(std::vector<OpCase>& t) {
+  const std::vector<Block> blocks = {
+      {"frozen 5x33", 5, 33},
+      {"LoRA 33x129 r4", 33, 129, 1, 1, 4, true, true, true, false, false, 0.1F},
+      {"DoRA 7x65 r3", 7, 65, 1, 1, 3, true, true, true, true, true},
+      {"gate only 9x17 r2", 9, 17, 1, 1, 2, true, false, false},
+      {"down only 9x17 E3 K2 r5 relu", 9, 17, 3, 2, 5, false, false, true, false, false, 0.3F,
+       Activation::relu},
+      {"MixLoRA 19x41 E3 K3 r1 gelu", 19, 41, 3, 3, 1, true, true, true, false, false, 0,
+       Activation::gelu},
+      {"Mix, scales 17x41 E4 K1 r8 gelu_new", 17, 41, 4, 1, 8, true, true, true, true, false, 0,
+       Activation::gelu_new},
+      {"MixDoRA 21x37 E4 K2 r4", 21, 37, 4, 2, 4, true, true, true, true, true, 0.05F},
+      {"MixLoRA 64x1536 E8 K2 r16 (SmolLM2)", 64, 1536, 8, 2, 16, true, true, true, false, false,
+       0.05F},
+      {"MixDoRA 32x1536 E8 K2 r16 (SmolLM2)", 32, 1536, 8, 2, 16, true, true, true, true, true,
+       0.05F},
+      {"MixLoRA 16x11008 E8 K2 r16 (Llama)", 16, 11008, 8, 2, 16, true, true, true, false, false,
+       0.05F}};
+  for (const Block& b : blocks) {
+    t.push_back(forward(b));
+    t.push_back(backward(b));
+  }
+  for (const bool per_slot : {false, true}) {
+    t.push_back(columns(7, 3, 2, 5, per_slot));
+    t.push_back(columns(257, 8, 2, 16, per_slot));
+  }
+  slot_cases(t, 9, 33, 3, 2);
+  slot_cases(t, 128, 576, 8, 2);
+}
+
+}  // namespace mixlora::cases

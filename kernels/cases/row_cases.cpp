@@ -1,0 +1,153 @@
+// Normalisation, dropout, jitter and DoRA.
+#include "kernels/cases/op_cases.h"
+#include "kernels/reference/dora.h"
+#include "kernels/reference/dropout.h"
+#include "kernels/reference/normalisation.h"
+
+namespace mixlora::cases {
+namespace {
+
+using reference::Index;
+
+void norm_cases(std::vector<OpCase>& t, Index n, Index d) {
+  const double work = static_cast<double>(n * d);
+  constexpr float kEps = 1e-5F;
+  t.push_back({"rmsnorm " + times({n, d}), kSummed, 4 * work, [=](Workbench& w) {
+                 Array &x = w.input({n, d}, w.act()), &s = w.input({d}, DType::f32, 0.2, 1);
+                 Array &y = w.output("y", {n, d}, w.act()), &r = w.output("r", {n}, DType::f32);
+                 w.run = [&] { w.ops.rmsnorm(y.device, r.device, x.device, s.device, kEps); };
+                 w.reference = [=, &x, &s, &y, &r] {
+                   reference::rmsnorm(y.data(), r.data(), x.data(), s.data(), n, d, double{kEps});
+                 };
+               }});
+  t.push_back({"rmsnorm_backward " + times({n, d}), kSummed, 9 * work, [=](Workbench& w) {
+                 Array &x = w.input({n, d}, w.act()), &s = w.input({d}, DType::f32, 0.2, 1);
+                 Array &g = w.input({n, d}, w.act()), &d_x = w.updated("d_x", {n, d}, w.act());
+                 Array& r = w.input({n}, DType::f32, 0.1, 1);
+                 w.run = [&] {
+                   w.ops.rmsnorm_backward(d_x.device, g.device, x.device, s.device, r.device);
+                 };
+                 w.reference = [=, &x, &s, &g, &d_x, &r] {
+                   reference::rmsnorm_backward(d_x.data(), g.data(), x.data(), s.data(), r.data(),
+                                               n, d);
+                 };
+               }});
+  t.push_back({"add_rmsnorm " + times({n, d}), kSummed, 5 * work, [=](Workbench& w) {
+                 Array &x = w.input({n, d}, w.act()), &delta = w.input({n, d}, w.act());
+                 Array& s = w.input({d}, DType::f32, 0.2, 1);
+                 Array &sum = w.output("sum", {n, d}, w.act()), &y = w.output("y", {n, d}, w.act());
+                 Array& r = w.output("r", {n}, DType::f32);
+                 w.run = [&] {
+                   w.ops.add_rmsnorm(sum.device, y.device, r.device, x.device, delta.device,
+                                     s.device, kEps);
+                 };
+                 w.reference = [=, &x, &delta, &s, &sum, &y, &r] {
+                   reference::add_rmsnorm(sum.data(), y.data(), r.data(), x.data(), delta.data(),
+                                          s.data(), n, d, double{kEps});
+                 };
+               }});
+}
+
+void mask_cases(std::vector<OpCase>& t, Index n, Index c) {
+  const double work = static_cast<double>(n * c);
+  t.push_back({"dropout " + times({n, c}), kRounded, work, [=](Workbench& w) {
+                 const Dropout drop{0.3F, w.key(), 5, site_qkv};
+                 Array &x = w.input({n, c}, w.act()), &ids = w.row_ids(n),
+                       &y = w.output("y", {n, c}, w.act());
+                 w.run = [=, &w, &x, &y, &ids] {
+                   w.ops.dropout(y.device, x.device, drop, ids.device);
+                 };
+                 w.reference = [=, &x, &y, &ids] {
+                   reference::dropout(y.data(), x.data(), drop, ids.index(), n, c);
+                 };
+               }});
+  t.push_back({"dropout_backward_add " + times({n, c}), kRounded, 2 * work, [=](Workbench& w) {
+                 const Dropout drop{0.05F, w.key(), 31, site_ffn};
+                 Array &g = w.input({n, c}, w.act()), &ids = w.row_ids(n),
+                       &d_x = w.updated("d_x", {n, c}, w.act());
+                 w.run = [=, &w, &g, &d_x, &ids] {
+                   w.ops.dropout_backward_add(d_x.device, g.device, drop, ids.device);
+                 };
+                 w.reference = [=, &g, &d_x, &ids] {
+                   reference::dropout_backward_add(d_x.data(), g.data(), drop, ids.index(), n, c);
+                 };
+               }});
+  t.push_back({"jitter " + times({n, c}), kRounded, 2 * work, [=](Workbench& w) {
+                 const std::uint64_t seed = w.key();
+                 Array &x = w.input({n, c}, w.act()), &ids = w.row_ids(n),
+                       &y = w.output("y", {n, c}, w.act());
+                 w.run = [=, &w, &x, &y, &ids] {
+                   w.ops.jitter(y.device, x.device, 0.01F, seed, 3, ids.device);
+                 };
+                 w.reference = [=, &x, &y, &ids] {
+                   reference::jitter(y.data(), x.data(), double{0.01F}, seed, 3, ids.index(), n, c);
+                 };
+               }});
+}
+
+void dora_cases(std::vector<OpCase>& t, Index n, Index out, Index in, Index rank) {
+  const double work = static_cast<double>(n * out);
+  t.push_back(
+      {"dora_scale " + times({out, in, rank}), kSummed,
+       2.0 * static_cast<double>(rank * (rank * in + out * (rank + 1))), [=](Workbench& w) {
+         Array &m = w.input({out}, DType::f32, 0.2, 2),
+               &squares = w.input({out}, DType::f32, 0.2, 4);
+         Array &a = w.input({rank, in}, w.act(), 0.05), &wa = w.input({rank, out}, w.act(), 0.1);
+         Array& b = w.input({out, rank}, w.act(), 0.1);
+         Array &scale = w.output("scale", {out}, DType::f32),
+               &inverse = w.output("inverse_norm", {out}, DType::f32);
+         w.run = [&] {
+           w.ops.dora_scale(scale.device, inverse.device, m.device, squares.device, a.device,
+                            wa.device, b.device, 2);
+         };
+         w.reference = [=, &m, &squares, &a, &wa, &b, &scale, &inverse] {
+           reference::dora_scale(scale.data(), inverse.data(), m.data(), squares.data(), a.data(),
+                                 wa.data(), b.data(), 2, out, in, rank);
+         };
+       }});
+  t.push_back({"dora_magnitude_backward " + times({out}), kRounded, 2.0 * static_cast<double>(out),
+               [=](Workbench& w) {
+                 Array &d_m = w.updated("d_m", {out}, DType::f32), &g = w.input({out}, DType::f32),
+                       &i = w.input({out}, DType::f32);
+                 w.run = [&] { w.ops.dora_magnitude_backward(d_m.device, g.device, i.device); };
+                 w.reference = [=, &d_m, &g, &i] {
+                   reference::dora_magnitude_backward(d_m.data(), g.data(), i.data(), out);
+                 };
+               }});
+  t.push_back({"scale_columns " + times({n, out}), kRounded, work, [=](Workbench& w) {
+                 Array &core = w.input({n, out}, w.act()), &s = w.input({out}, DType::f32, 0.1, 1);
+                 Array& y = w.output("y", {n, out}, w.act());
+                 w.run = [&] { w.ops.scale_columns(y.device, core.device, s.device); };
+                 w.reference = [=, &core, &s, &y] {
+                   reference::scale_columns(y.data(), core.data(), s.data(), n, out);
+                 };
+               }});
+  t.push_back({"scale_columns_backward " + times({n, out}), kSummed, 3 * work, [=](Workbench& w) {
+                 Array &core = w.input({n, out}, w.act()), &s = w.input({out}, DType::f32, 0.1, 1),
+                       &g = w.input({n, out}, w.act());
+                 Array &d_core = w.output("d_core", {n, out}, w.act()),
+                       &d_s = w.updated("d_scale", {out}, DType::f32);
+                 w.run = [&] {
+                   w.ops.scale_columns_backward(d_core.device, d_s.device, g.device, core.device,
+                                                s.device);
+                 };
+                 w.reference = [=, &core, &s, &g, &d_core, &d_s] {
+                   reference::scale_columns_backward(d_core.data(), d_s.data(), g.data(),
+                                                     core.data(), s.data(), n, out);
+                 };
+               }});
+}
+
+}  // namespace
+
+void add_row_cases(std::vector<OpCase>& t) {
+  for (const auto& [n, d] : {std::pair<Index, Index>{1, 1}, {7, 33}, {257, 576}, {64, 4096}}) {
+    norm_cases(t, n, d);
+    mask_cases(t, n, d);
+  }
+  dora_cases(t, 5, 17, 13, 3);
+  dora_cases(t, 128, 576, 1536, 16);
+  dora_cases(t, 33, 1024, 4096, 80);
+}
+
+}  // namespace mixlora::cases
