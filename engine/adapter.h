@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -80,8 +81,9 @@ class Adapter {
   const AdapterSpec& spec() const { return spec_; }
   AdapterLayout& layout() { return layout_; }
   const AdapterLayout& layout() const { return layout_; }
-  std::vector<float>& numbers() { return numbers_; }
-  const std::vector<float>& numbers() const { return numbers_; }
+  /// All parameters, flat. A span: the layout's views point into this very memory.
+  std::span<float> numbers() { return numbers_; }
+  std::span<const float> numbers() const { return numbers_; }
   std::int64_t trainable() const { return layout_.trainable; }
 
   /// A ~ U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/r), B = 0, router ~ N(0, router_init_range), all from

@@ -70,17 +70,15 @@ DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const Adapt
   layout.bind(values.data, grads.data, compute.data, ops.activation_type(), ops.device());
 }
 
-void DeviceAdapter::upload(Backend& ops, const std::vector<float>& numbers) {
+void DeviceAdapter::upload(Backend& ops, std::span<const float> numbers) {
   if (layout.elements == 0) return;
   ops.upload(values, numbers.data());
   if (compute) ops.copy(compute, values);
   stale_ = true;
 }
 
-std::vector<float> DeviceAdapter::download(Backend& ops) const {
-  std::vector<float> numbers(static_cast<std::size_t>(layout.elements));
+void DeviceAdapter::download(Backend& ops, std::span<float> numbers) const {
   if (!numbers.empty()) ops.download(numbers.data(), values);
-  return numbers;
 }
 
 void DeviceAdapter::step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast) {

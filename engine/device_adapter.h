@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "engine/adapter.h"
@@ -31,8 +32,8 @@ class DeviceAdapter {
 
   /// The numbers have changed: DoRA's scales are recomputed before their next use.
   void mark_changed() { stale_ = true; }
-  void upload(Backend& ops, const std::vector<float>& numbers);
-  std::vector<float> download(Backend& ops) const;
+  void upload(Backend& ops, std::span<const float> numbers);
+  void download(Backend& ops, std::span<float> numbers) const;
   /// Recomputes DoRA's scales when the numbers have changed since; all products through `ops`.
   void refresh_scales(Backend& ops, const Model& model, Scratch& scratch);
   /// One optimizer step over all numbers; the squared gradient norm must be in `norm_squared`.

@@ -287,7 +287,7 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
     }
   }
   for (std::size_t j = 0; j < jobs_.size(); ++j) {
-    result.adapters[j]->numbers() = device_[j]->download(ops_);
+    device_[j]->download(ops_, result.adapters[j]->numbers());
     result.expert_load.push_back(loads[j].shares(device_[j]->experts));
   }
 }
