@@ -1,0 +1,60 @@
+#include "experiments/commands/commands.h"
+
+#include <fmt/format.h>
+
+#include "engine/error.h"
+#include "engine/json_file.h"
+#include "reports/report.h"
+
+namespace mixlora {
+namespace {
+
+Precision precision_of(const std::string& name) {
+  return name == "fp32" ? Precision::fp32 : name == "bf16" ? Precision::bf16 : Precision::automatic;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(const RunSpec& run) {
+  if (run.device == "cuda") {
+    const std::string reason = cuda_unavailable_reason();
+    require(reason.empty(), "run.device \"cuda\": {}", reason);
+  }
+  if (run.device == "cuda" || (run.device == "auto" && cuda_unavailable_reason().empty()))
+    return make_cuda_backend(precision_of(run.precision));
+  return make_cpu_backend(precision_of(run.precision));
+}
+
+std::filesystem::path store_file(const Sweep& sweep, const std::string& given) {
+  return given.empty() ? std::filesystem::path("runs") / (sweep.name + ".db")
+                       : std::filesystem::path(given);
+}
+
+std::string set_keys(Sweep& sweep) {
+  std::string model_hash;
+  for (Trial& t : sweep.trials) {
+    require(t.spec.model == sweep.trials.front().spec.model,
+            "{}: one model a sweep; found \"{}\" and \"{}\"", sweep.file,
+            sweep.trials.front().spec.model, t.spec.model);
+    if (model_hash.empty()) model_hash = model_fingerprint(t.spec.model);
+    t.key = trial_key(t.spec, model_hash, data_fingerprint(t.spec));
+  }
+  return model_hash;
+}
+
+void print_tables(Database& db, std::int64_t sweep, const std::vector<std::string>& names,
+                  const std::string& directory) {
+  for (const auto& name : names) {
+    const Table t = build_table(db, sweep, name);
+    if (t.rows.empty()) continue;
+    fmt::print("\n{}", render(t, Format::terminal));
+    if (directory.empty()) continue;
+    std::filesystem::create_directories(directory);
+    for (const auto& [format, ending] :
+         {std::pair{Format::markdown, "md"}, {Format::csv, "csv"}, {Format::latex, "tex"}})
+      write_text(std::filesystem::path(directory) / fmt::format("{}.{}", name, ending),
+                 render(t, format));
+  }
+}
+
+}  // namespace mixlora
