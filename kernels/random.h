@@ -11,7 +11,14 @@
 namespace mixlora {
 
 /// What a random number is for; part of the key, so that no two uses share a stream.
-enum class Purpose : std::uint32_t { init = 1, dropout = 2, jitter = 3, shuffle = 4, test = 5 };
+enum class Purpose : std::uint32_t {
+  init = 1,
+  dropout = 2,
+  jitter = 3,
+  shuffle = 4,
+  test = 5,
+  bootstrap = 6
+};
 
 /// Where in a layer a mask is applied; part of the counter.
 /// `expert_down + e` is the input of expert e's down projection.
