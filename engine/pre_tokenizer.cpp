@@ -42,6 +42,7 @@ bool is_break(char32_t c) { return c == '\r' || c == '\n'; }
 /// 's 't 're 've 'm 'll 'd at `at`: the end of the match, or `at`.
 std::size_t contraction(const Cursor& c, std::size_t at, bool any_case) {
   if (c.peek(at) != '\'') return at;
+  if (any_case && c.peek(at + 1) == 0x17f) return c.next(at + 1);  // the long s folds to s
   for (const std::string_view tail : {"s", "t", "re", "ve", "m", "ll", "d"}) {
     std::string found(c.text().substr(at + 1, tail.size()));
     if (any_case)
@@ -58,6 +59,11 @@ std::size_t spaces(const Cursor& c, std::size_t at) {
   std::size_t last = at;
   for (std::size_t i = at; c.next(i) < end; i = c.next(i)) last = c.next(i);
   return last == at ? end : last;
+}
+
+std::size_t digits_piece(const Cursor& c, std::size_t at) {
+  if (is_number(c.peek(at))) return c.next(at);
+  return c.run(at, [](char32_t v) { return !is_number(v); });
 }
 
 std::size_t gpt2_piece(const Cursor& c, std::size_t at) {
@@ -101,27 +107,25 @@ void cut(std::vector<std::string_view>& out, std::string_view text, Piece&& piec
 
 }  // namespace
 
-std::vector<std::string_view> split(Split kind, std::string_view text) {
+std::vector<std::string_view> split(const std::vector<Split>& kinds, std::string_view text) {
   std::vector<std::string_view> out;
-  switch (kind) {
-    case Split::none:
-      if (!text.empty()) out.push_back(text);
-      break;
-    case Split::gpt2:
-      cut(out, text, gpt2_piece);
-      break;
-    case Split::llama3:
-      cut(out, text, llama3_piece);
-      break;
-    case Split::digits_gpt2: {
-      std::vector<std::string_view> parts;
-      cut(parts, text, [](const Cursor& c, std::size_t at) {
-        return is_number(c.peek(at)) ? c.next(at)
-                                     : c.run(at, [](char32_t v) { return !is_number(v); });
-      });
-      for (const auto part : parts) cut(out, part, gpt2_piece);
-      break;
+  if (!text.empty()) out.push_back(text);
+  for (const Split kind : kinds) {
+    std::vector<std::string_view> finer;
+    for (const auto part : out) {
+      switch (kind) {
+        case Split::digits:
+          cut(finer, part, digits_piece);
+          break;
+        case Split::gpt2:
+          cut(finer, part, gpt2_piece);
+          break;
+        case Split::llama3:
+          cut(finer, part, llama3_piece);
+          break;
+      }
     }
+    out = std::move(finer);
   }
   return out;
 }

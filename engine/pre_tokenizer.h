@@ -7,16 +7,15 @@
 namespace mixlora {
 
 enum class Split : std::uint8_t {
-  none,         // the text stays whole
-  gpt2,         // GPT-2's pattern, the one ByteLevel uses
-  digits_gpt2,  // every digit apart, then GPT-2's pattern (SmolLM2)
-  llama3,       // Llama-3's pattern
+  digits,  // every digit apart
+  gpt2,    // GPT-2's pattern, the one ByteLevel uses
+  llama3,  // Llama-3's pattern
 };
 
-/// GPT-2's and Llama-3's patterns as tokenizer.json writes them.
+/// Llama-3's pattern as tokenizer.json writes it.
 extern const char* const kLlama3Pattern;
 
-/// Cuts `text` (valid UTF-8) into pieces that together are the text.
-std::vector<std::string_view> split(Split kind, std::string_view text);
+/// Cuts `text` (valid UTF-8) by each of `kinds` in turn into pieces that together are the text.
+std::vector<std::string_view> split(const std::vector<Split>& kinds, std::string_view text);
 
 }  // namespace mixlora

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
-#include <queue>
+#include <cctype>
 #include <unordered_map>
 
 #include <nlohmann/json.hpp>
 
+#include "engine/bpe.h"
 #include "engine/error.h"
 #include "engine/json_file.h"
 #include "engine/pre_tokenizer.h"
@@ -16,20 +16,7 @@
 namespace mixlora {
 namespace {
 
-constexpr std::size_t kMaxTokens = 4'000'000;
 constexpr const char* kMark = "\xe2\x96\x81";  // U+2581, SentencePiece's visible space
-
-/// GPT-2's printable stand-in for each byte.
-std::array<std::string, 256> byte_symbols() {
-  std::array<std::string, 256> symbols;
-  char32_t spare = 256;
-  for (char32_t b = 0; b < 256; ++b) {
-    const bool printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
-    append_utf8(symbols.at(b), printable ? b : spare);
-    spare += printable ? 0 : 1;
-  }
-  return symbols;
-}
 
 void replace_all(std::string& text, std::string_view from, std::string_view to) {
   for (std::size_t at = text.find(from); at != std::string::npos;
@@ -42,114 +29,126 @@ std::string text_of(const Json& j, const char* key, const std::string& where) {
           where, key);
   return j[key].get<std::string>();
 }
-bool flag_of(const Json& j, const char* key, bool otherwise) {
-  return j.contains(key) && j[key].is_boolean() ? j[key].get<bool>() : otherwise;
+const Json& list_of(const Json& j, const char* key, const std::string& where) {
+  require(j.is_object() && j.contains(key) && j[key].is_array(), "{}: expected a list \"{}\"",
+          where, key);
+  return j[key];
 }
+bool flag_of(const Json& j, const char* key, bool otherwise, const std::string& where) {
+  if (!j.contains(key) || j[key].is_null()) return otherwise;
+  require(j[key].is_boolean(), "{}: \"{}\": expected true or false, found {}", where, key,
+          j[key].dump());
+  return j[key].get<bool>();
+}
+
+/// Added tokens and where they stand in a text: at every place the longest.
+class AddedTokens {
+ public:
+  struct Token {
+    std::string text;
+    std::int32_t id = 0;
+  };
+  void add(Token token) {
+    starts_.at(static_cast<unsigned char>(token.text[0])) = true;
+    const auto longer = [](const Token& a, const Token& b) {
+      return a.text.size() > b.text.size();
+    };
+    tokens_.insert(std::upper_bound(tokens_.begin(), tokens_.end(), token, longer), token);
+  }
+  /// Calls plain(text, begin) for what lies between tokens and token(id) for each of them.
+  template <class Plain, class Special>
+  void cut(std::string_view text, Plain&& plain, Special&& special) const {
+    std::size_t from = 0;
+    for (std::size_t at = 0; at < text.size();) {
+      const Token* found =
+          starts_.at(static_cast<unsigned char>(text[at])) ? find(text, at) : nullptr;
+      if (found == nullptr) {
+        ++at;
+        continue;
+      }
+      if (at > from) plain(text.substr(from, at - from), from);
+      special(found->id);
+      at += found->text.size();
+      from = at;
+    }
+    if (text.size() > from) plain(text.substr(from), from);
+  }
+
+ private:
+  const Token* find(std::string_view text, std::size_t at) const {
+    const auto here = [&](const Token& t) { return text.compare(at, t.text.size(), t.text) == 0; };
+    const auto token = std::find_if(tokens_.begin(), tokens_.end(), here);
+    return token == tokens_.end() ? nullptr : &*token;
+  }
+  std::vector<Token> tokens_;  // longest first
+  std::array<bool, 256> starts_{};
+};
+
+enum class Metaspace : std::uint8_t { none, never, first, always };
 
 }  // namespace
 
 struct Tokenizer::Impl {
-  struct Merge {
-    std::int32_t rank = 0, token = 0;
-  };
-  struct Special {
-    std::string content;
-    std::int32_t id = 0;
-  };
   std::string file;
-  std::vector<std::string> tokens;
-  std::unordered_map<std::string, std::int32_t> ids;
-  std::unordered_map<std::uint64_t, Merge> merges;
-  std::vector<Special> specials;  // longest first
-  std::vector<std::int32_t> prefix;
-  std::array<std::string, 256> bytes = byte_symbols();
-  std::unordered_map<std::string, unsigned char> byte_of;
-  Split split_kind = Split::none;
-  bool byte_level = false, byte_fallback = false, ignore_merges = false;
-  bool mark_prepend = false, mark_first_only = false, mark_replace = false;
-  std::int32_t unknown = -1;
+  Bpe bpe;
+  AddedTokens raw, normalised;  // found before, and after, the normaliser has run
+  std::vector<std::int32_t> special_ids, prefix, suffix;
+  std::vector<Split> splits;
+  bool byte_level = false;
+  bool prepend = false, replace = false;  // the normaliser
+  Metaspace metaspace = Metaspace::none;  // the pre-tokenizer that does both instead
 
-  void read(const std::filesystem::path& directory);
-  void read_model(const Json& model);
-  void read_normalizer(const Json& normalizer);
-  void read_pre_tokenizer(const Json& pre);
-  void read_post_processor(const Json& post);
-  std::int32_t id(const std::string& token) const {
-    const auto at = ids.find(token);
-    return at == ids.end() ? -1 : at->second;
-  }
-  void encode_piece(std::vector<std::int32_t>& out, std::string_view piece) const;
-  void encode_plain(std::vector<std::int32_t>& out, std::string_view text, bool first) const;
-  std::vector<std::int32_t> symbols(std::string_view piece) const;
-  void merge(std::vector<std::int32_t>& symbols) const;
+  Impl(const Json& json, std::string name);
+  void read_added(const Json& added);
+  void read_normalizer(const Json& n);
+  void read_pre_tokenizer(const Json& p);
+  void read_split(const Json& p, const std::string& where);
+  void read_metaspace(const Json& p, const std::string& where);
+  void read_post_processor(const Json& p);
+  std::string normalise(std::string_view text) const;
+  void encode_piece(std::vector<std::int32_t>& out, std::string_view text, bool first) const;
 };
 
-void Tokenizer::Impl::read_model(const Json& model) {
-  const std::string where = file + ": model";
-  require(text_of(model, "type", where) == "BPE", "{}: type {} is not supported; expected BPE",
-          where, model["type"].dump());
-  require(model.contains("vocab") && model["vocab"].is_object() && !model["vocab"].empty(),
-          "{}: expected an object \"vocab\"", where);
-  require(model["vocab"].size() <= kMaxTokens, "{}: {} tokens; at most {}", where,
-          model["vocab"].size(), kMaxTokens);
-  byte_fallback = flag_of(model, "byte_fallback", false);
-  ignore_merges = flag_of(model, "ignore_merges", false);
-  for (const auto& [token, value] : model["vocab"].items()) {
-    require(value.is_number_unsigned() && value.get<std::uint64_t>() < 2 * kMaxTokens,
-            "{}: vocab \"{}\": expected an id, found {}", where, token, value.dump());
-    const auto number = value.get<std::size_t>();
-    if (number >= tokens.size()) tokens.resize(number + 1);
-    tokens[number] = token;
-    ids.emplace(token, static_cast<std::int32_t>(number));
+Tokenizer::Impl::Impl(const Json& json, std::string name) : file(std::move(name)), bpe(json, file) {
+  read_normalizer(json.value("normalizer", Json()));
+  read_pre_tokenizer(json.value("pre_tokenizer", Json()));
+  read_post_processor(json.value("post_processor", Json()));
+  read_added(json.value("added_tokens", Json::array()));
+}
+
+void Tokenizer::Impl::read_added(const Json& added) {
+  for (const Json& t : added) {
+    const auto content = t["content"].get<std::string>();
+    const std::string where = fmt::format("{}: added_tokens: \"{}\"", file, content);
+    for (const char* key : {"single_word", "lstrip", "rstrip"})
+      require(!flag_of(t, key, false, where), "{}: \"{}\" true is not supported; expected false",
+              where, key);
+    const std::int32_t id = bpe.id(content);
+    special_ids.push_back(id);
+    if (flag_of(t, "normalized", false, where))
+      normalised.add({normalise(content), id});
+    else
+      raw.add({content, id});
   }
-  require(model.contains("merges") && model["merges"].is_array(), "{}: expected a list \"merges\"",
-          where);
-  std::int32_t rank = 0;
-  for (const Json& m : model["merges"]) {
-    std::string left, right;
-    if (m.is_string()) {
-      const auto text = m.get<std::string>();
-      const std::size_t space = text.find(' ', 1);
-      require(space != std::string::npos && space + 1 < text.size(),
-              "{}: merge {}: expected two tokens, found {}", where, rank, m.dump());
-      left = text.substr(0, space);
-      right = text.substr(space + 1);
-    } else {
-      require(m.is_array() && m.size() == 2 && m[0].is_string() && m[1].is_string(),
-              "{}: merge {}: expected two tokens, found {}", where, rank, m.dump());
-      left = m[0].get<std::string>();
-      right = m[1].get<std::string>();
-    }
-    const std::int32_t a = id(left), b = id(right), c = id(left + right);
-    require(a >= 0 && b >= 0 && c >= 0, "{}: merge {}: \"{}\" + \"{}\" is not in the vocabulary",
-            where, rank, left, right);
-    merges.emplace((static_cast<std::uint64_t>(a) << 32) | static_cast<std::uint32_t>(b),
-                   Merge{rank, c});
-    ++rank;
-  }
-  if (model.contains("unk_token") && model["unk_token"].is_string())
-    unknown = id(model["unk_token"].get<std::string>());
+  std::sort(special_ids.begin(), special_ids.end());
 }
 
 void Tokenizer::Impl::read_normalizer(const Json& n) {
   if (n.is_null()) return;
   const std::string where = file + ": normalizer", type = text_of(n, "type", where);
   if (type == "Sequence") {
-    require(n.contains("normalizers") && n["normalizers"].is_array(),
-            "{}: expected a list \"normalizers\"", where);
-    for (const Json& part : n["normalizers"]) read_normalizer(part);
+    for (const Json& part : list_of(n, "normalizers", where)) read_normalizer(part);
   } else if (type == "Prepend") {
-    require(text_of(n, "prepend", where) == kMark, "{}: only Prepend of U+2581 is supported",
-            where);
-    mark_prepend = true;
+    require(text_of(n, "prepend", where) == kMark && !prepend,
+            "{}: only one Prepend, of U+2581, is supported", where);
+    prepend = true;
   } else if (type == "Replace") {
-    require(n.contains("pattern") && n["pattern"].is_object() &&
-                n["pattern"].value("String", Json()) == " " &&
+    require(n.contains("pattern") && n["pattern"] == Json{{"String", " "}} &&
                 text_of(n, "content", where) == kMark,
             "{}: only Replace of \" \" by U+2581 is supported", where);
-    mark_replace = true;
+    replace = true;
   } else {
-    fail("{}: type {} is not supported; expected Prepend and Replace as Llama-2 has, or null",
+    fail("{}: type \"{}\" is not supported; expected Prepend and Replace as Llama-2 has, or null",
          where, type);
   }
 }
@@ -157,201 +156,107 @@ void Tokenizer::Impl::read_normalizer(const Json& n) {
 void Tokenizer::Impl::read_pre_tokenizer(const Json& p) {
   if (p.is_null()) return;
   const std::string where = file + ": pre_tokenizer", type = text_of(p, "type", where);
+  require(!byte_level, "{}: {} after ByteLevel; expected ByteLevel last", where, type);
   if (type == "Sequence") {
-    require(p.contains("pretokenizers") && p["pretokenizers"].is_array(),
-            "{}: expected a list \"pretokenizers\"", where);
-    for (const Json& part : p["pretokenizers"]) read_pre_tokenizer(part);
+    for (const Json& part : list_of(p, "pretokenizers", where)) read_pre_tokenizer(part);
   } else if (type == "Digits") {
-    require(flag_of(p, "individual_digits", false),
+    require(flag_of(p, "individual_digits", false, where),
             "{}: Digits: only individual_digits true is supported", where);
-    split_kind = Split::digits_gpt2;
+    splits.push_back(Split::digits);
   } else if (type == "ByteLevel") {
-    require(!flag_of(p, "add_prefix_space", true),
-            "{}: ByteLevel: add_prefix_space true is not supported", where);
+    require(!flag_of(p, "add_prefix_space", true, where),
+            "{}: ByteLevel: only add_prefix_space false is supported", where);
     byte_level = true;
-    if (flag_of(p, "use_regex", true) && split_kind == Split::none) split_kind = Split::gpt2;
+    if (flag_of(p, "use_regex", true, where)) splits.push_back(Split::gpt2);
   } else if (type == "Split") {
-    const bool known = p.contains("pattern") && p["pattern"].is_object() &&
-                       p["pattern"].value("Regex", Json()) == kLlama3Pattern;
-    require(known, "{}: Split by {} is not supported; known: Llama-3's pattern", where,
-            p.value("pattern", Json()).dump());
-    split_kind = Split::llama3;
+    read_split(p, where);
   } else if (type == "Metaspace") {
-    require(!flag_of(p, "split", true), "{}: Metaspace: only split false is supported", where);
-    const std::string scheme = p.contains("prepend_scheme") && p["prepend_scheme"].is_string()
-                                   ? p["prepend_scheme"].get<std::string>()
-                                   : "always";
-    mark_replace = true;
-    mark_prepend = scheme != "never";
-    mark_first_only = scheme == "first";
+    read_metaspace(p, where);
   } else {
-    fail("{}: type {} is not supported; expected ByteLevel, Digits, Split or Metaspace", where,
+    fail("{}: type \"{}\" is not supported; expected ByteLevel, Digits, Split or Metaspace", where,
          type);
   }
+}
+
+void Tokenizer::Impl::read_split(const Json& p, const std::string& where) {
+  const Json pattern = p.value("pattern", Json());
+  require(pattern == Json{{"Regex", kLlama3Pattern}},
+          "{}: Split by {} is not supported; expected Llama-3's pattern", where, pattern.dump());
+  require(p.value("behavior", Json()) == "Isolated" && !flag_of(p, "invert", false, where),
+          "{}: Split: expected behavior \"Isolated\" and invert false", where);
+  splits.push_back(Split::llama3);
+}
+
+void Tokenizer::Impl::read_metaspace(const Json& p, const std::string& where) {
+  require(metaspace == Metaspace::none && splits.empty(), "{}: Metaspace must stand alone", where);
+  require(!flag_of(p, "split", true, where), "{}: Metaspace: only split false is supported", where);
+  require(p.value("replacement", Json(kMark)) == kMark,
+          "{}: Metaspace: only the replacement U+2581 is supported", where);
+  const std::string scheme = p.contains("prepend_scheme") ? text_of(p, "prepend_scheme", where)
+                             : flag_of(p, "add_prefix_space", true, where) ? "always"
+                                                                           : "never";
+  require(scheme == "always" || scheme == "first" || scheme == "never",
+          "{}: prepend_scheme \"{}\"; expected always, first or never", where, scheme);
+  metaspace = scheme == "always"  ? Metaspace::always
+              : scheme == "first" ? Metaspace::first
+                                  : Metaspace::never;
 }
 
 void Tokenizer::Impl::read_post_processor(const Json& p) {
   if (p.is_null()) return;
   const std::string where = file + ": post_processor", type = text_of(p, "type", where);
   if (type == "Sequence") {
-    require(p.contains("processors") && p["processors"].is_array(),
-            "{}: expected a list \"processors\"", where);
-    for (const Json& part : p["processors"]) read_post_processor(part);
+    for (const Json& part : list_of(p, "processors", where)) read_post_processor(part);
   } else if (type == "TemplateProcessing") {
-    require(p.contains("single") && p["single"].is_array(), "{}: expected a list \"single\"",
-            where);
-    for (const Json& part : p["single"]) {
-      if (part.contains("Sequence")) break;
-      require(part.contains("SpecialToken"), "{}: expected SpecialToken or Sequence, found {}",
-              where, part.dump());
+    bool before = true;
+    for (const Json& part : list_of(p, "single", where)) {
+      if (part.is_object() && part.contains("Sequence")) {
+        require(before, "{}: the text stands twice in \"single\"", where);
+        before = false;
+        continue;
+      }
+      require(part.is_object() && part.contains("SpecialToken"),
+              "{}: expected SpecialToken or Sequence, found {}", where, part.dump());
       const std::string token = text_of(part["SpecialToken"], "id", where);
-      require(id(token) >= 0, "{}: the special token \"{}\" is not in the vocabulary", where,
+      require(bpe.id(token) >= 0, "{}: the special token \"{}\" is not in the vocabulary", where,
               token);
-      prefix.push_back(id(token));
+      (before ? prefix : suffix).push_back(bpe.id(token));
     }
+    require(!before, "{}: \"single\" has no Sequence: the text itself is missing", where);
   } else {
     require(type == "ByteLevel",
-            "{}: type {} is not supported; expected TemplateProcessing, ByteLevel or null", where,
-            type);
+            "{}: type \"{}\" is not supported; expected TemplateProcessing, ByteLevel or null",
+            where, type);
   }
 }
 
-void Tokenizer::Impl::read(const std::filesystem::path& directory) {
-  const auto path = directory / "tokenizer.json";
-  file = path.string();
-  const Json json = read_json(path, std::size_t{64} << 20);
-  require(json.is_object() && json.contains("model"), "{}: expected an object with \"model\"",
-          file);
-  read_model(json["model"]);
-  const Json added = json.value("added_tokens", Json::array());
-  require(added.is_array(), "{}: added_tokens: expected a list", file);
-  for (const Json& t : added) {
-    const std::string content = text_of(t, "content", file + ": added_tokens");
-    require(!content.empty() && t.contains("id") && t["id"].is_number_unsigned() &&
-                t["id"].get<std::uint64_t>() < 2 * kMaxTokens,
-            "{}: added_tokens: expected a content and an id, found {}", file, t.dump());
-    const auto number = t["id"].get<std::size_t>();
-    if (number >= tokens.size()) tokens.resize(number + 1);
-    tokens[number] = content;
-    ids[content] = static_cast<std::int32_t>(number);
-    specials.push_back({content, static_cast<std::int32_t>(number)});
-  }
-  std::stable_sort(specials.begin(), specials.end(), [](const Special& a, const Special& b) {
-    return a.content.size() > b.content.size();
-  });
-  read_normalizer(json.value("normalizer", Json()));
-  read_pre_tokenizer(json.value("pre_tokenizer", Json()));
-  read_post_processor(json.value("post_processor", Json()));
-  for (std::size_t b = 0; b < 256; ++b) {
-    byte_of.emplace(bytes.at(b), static_cast<unsigned char>(b));
-  }
-}
-
-std::vector<std::int32_t> Tokenizer::Impl::symbols(std::string_view piece) const {
-  std::vector<std::int32_t> out;
-  if (byte_level) {
-    for (const char c : piece) {
-      const std::int32_t t = id(bytes.at(static_cast<unsigned char>(c)));
-      if (t >= 0 || unknown >= 0)
-        out.push_back(t >= 0 ? t : unknown);  // some vocabularies lack some bytes: dropped
-    }
-    return out;
-  }
-  for (std::size_t at = 0; at < piece.size();) {
-    const std::size_t n = code_point(piece, at)->bytes;
-    const std::string letter(piece.substr(at, n));
-    at += n;
-    if (const std::int32_t t = id(letter); t >= 0) {
-      out.push_back(t);
-      continue;
-    }
-    std::vector<std::int32_t> fallback;
-    for (const char c : letter)
-      fallback.push_back(
-          byte_fallback ? id(fmt::format("<0x{:02X}>", static_cast<unsigned char>(c))) : -1);
-    if (std::find(fallback.begin(), fallback.end(), -1) == fallback.end())
-      out.insert(out.end(), fallback.begin(), fallback.end());
-    else if (unknown >= 0 && (out.empty() || out.back() != unknown))
-      out.push_back(unknown);
-  }
+std::string Tokenizer::Impl::normalise(std::string_view text) const {
+  std::string out = prepend && !text.empty() ? kMark : "";
+  out += text;
+  if (replace) replace_all(out, " ", kMark);
   return out;
 }
 
-/// Joins neighbours in the order of their merges' ranks, leftmost first among equals.
-void Tokenizer::Impl::merge(std::vector<std::int32_t>& s) const {
-  struct Candidate {
-    std::int32_t rank, at, left, right, token;
-    bool operator<(const Candidate& o) const { return rank != o.rank ? rank > o.rank : at > o.at; }
-  };
-  const auto n = static_cast<std::int32_t>(s.size());
-  std::vector<std::int32_t> next(s.size()), previous(s.size());
-  for (std::int32_t i = 0; i < n; ++i) {
-    next[static_cast<std::size_t>(i)] = i + 1 < n ? i + 1 : -1;
-    previous[static_cast<std::size_t>(i)] = i - 1;
-  }
-  std::priority_queue<Candidate> queue;
-  const auto offer = [&](std::int32_t i) {
-    if (i < 0 || next[static_cast<std::size_t>(i)] < 0) return;
-    const std::int32_t a = s[static_cast<std::size_t>(i)],
-                       b = s[static_cast<std::size_t>(next[static_cast<std::size_t>(i)])];
-    const auto m = merges.find((static_cast<std::uint64_t>(static_cast<std::uint32_t>(a)) << 32) |
-                               static_cast<std::uint32_t>(b));
-    if (m != merges.end()) queue.push({m->second.rank, i, a, b, m->second.token});
-  };
-  for (std::int32_t i = 0; i < n; ++i) offer(i);
-  while (!queue.empty()) {
-    const Candidate c = queue.top();
-    queue.pop();
-    const auto at = static_cast<std::size_t>(c.at);
-    const std::int32_t right = next[at];
-    if (s[at] != c.left || right < 0 || s[static_cast<std::size_t>(right)] != c.right)
-      continue;  // already joined otherwise
-    s[at] = c.token;
-    s[static_cast<std::size_t>(right)] = -1;
-    next[at] = next[static_cast<std::size_t>(right)];
-    if (next[at] >= 0) previous[static_cast<std::size_t>(next[at])] = c.at;
-    offer(previous[at]);
-    offer(c.at);
-  }
-  s.erase(std::remove(s.begin(), s.end(), -1), s.end());
-}
-
-void Tokenizer::Impl::encode_piece(std::vector<std::int32_t>& out, std::string_view piece) const {
-  std::vector<std::int32_t> s;
-  if (ignore_merges) {
-    std::string whole;
-    if (byte_level)
-      for (const char c : piece) whole += bytes.at(static_cast<unsigned char>(c));
-    else
-      whole = piece;
-    if (const std::int32_t t = id(whole); t >= 0) {
-      out.push_back(t);
-      return;
-    }
-  }
-  s = symbols(piece);
-  merge(s);
-  out.insert(out.end(), s.begin(), s.end());
-}
-
-void Tokenizer::Impl::encode_plain(std::vector<std::int32_t>& out, std::string_view text,
+/// Pre-tokenizes and merges what lies between added tokens; `first`: it begins the whole text.
+void Tokenizer::Impl::encode_piece(std::vector<std::int32_t>& out, std::string_view text,
                                    bool first) const {
-  if (text.empty()) return;
-  if (!mark_prepend && !mark_replace) {
-    for (const auto piece : split(split_kind, text)) encode_piece(out, piece);
-    return;
+  std::string marked;
+  if (metaspace != Metaspace::none) {
+    marked = text;
+    replace_all(marked, " ", kMark);
+    const bool wanted = metaspace == Metaspace::always || (metaspace == Metaspace::first && first);
+    if (wanted && !marked.starts_with(kMark)) marked = kMark + marked;
+    text = marked;
   }
-  std::string marked(text);
-  if (mark_replace) replace_all(marked, " ", kMark);
-  if (mark_prepend && (first || !mark_first_only) &&
-      !(mark_first_only && marked.starts_with(kMark)))
-    marked = kMark + marked;
-  for (const auto piece : split(split_kind, marked)) encode_piece(out, piece);
+  for (const auto word : split(splits, text)) bpe.encode(out, word, byte_level);
 }
 
-Tokenizer::Tokenizer(const std::filesystem::path& directory) : impl_(std::make_unique<Impl>()) {
-  impl_->read(directory);
+Tokenizer::Tokenizer(const std::filesystem::path& directory) {
+  const auto path = directory / "tokenizer.json";
+  impl_ = std::make_unique<Impl>(read_json(path, std::size_t{64} << 20), path.string());
 }
+Tokenizer::Tokenizer(const Json& json, const std::string& name)
+    : impl_(std::make_unique<Impl>(json, name)) {}
 Tokenizer::~Tokenizer() = default;
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 
@@ -359,24 +264,19 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text) const {
   if (const auto bad = invalid_utf8(text))
     fail("tokenizer: byte {} of the text is not UTF-8", *bad);
   std::vector<std::int32_t> out;
-  std::size_t from = 0;
-  for (std::size_t at = 0; at < text.size();) {
-    const Impl::Special* found = nullptr;
-    for (const auto& s : impl_->specials)
-      if (text[at] == s.content[0] && text.compare(at, s.content.size(), s.content) == 0) {
-        found = &s;
-        break;
-      }
-    if (found == nullptr) {
-      ++at;
-      continue;
-    }
-    impl_->encode_plain(out, text.substr(from, at - from), from == 0);
-    out.push_back(found->id);
-    at += found->content.size();
-    from = at;
-  }
-  impl_->encode_plain(out, text.substr(from), from == 0);
+  const auto special = [&](std::int32_t id) { out.push_back(id); };
+  impl_->raw.cut(
+      text,
+      [&](std::string_view plain, std::size_t begin) {
+        const std::string normal = impl_->normalise(plain);
+        impl_->normalised.cut(
+            normal,
+            [&](std::string_view piece, std::size_t at) {
+              impl_->encode_piece(out, piece, begin + at == 0);
+            },
+            special);
+      },
+      special);
   return out;
 }
 
@@ -384,48 +284,50 @@ std::vector<std::int32_t> Tokenizer::encode_with_special(std::string_view text) 
   std::vector<std::int32_t> out = impl_->prefix;
   const auto rest = encode(text);
   out.insert(out.end(), rest.begin(), rest.end());
+  out.insert(out.end(), impl_->suffix.begin(), impl_->suffix.end());
   return out;
 }
 
 std::string Tokenizer::decode(const std::vector<std::int32_t>& ids) const {
+  static const auto kByteOf = [] {
+    std::unordered_map<std::string, char> map;
+    for (std::size_t b = 0; b < 256; ++b) map.emplace(byte_symbols().at(b), static_cast<char>(b));
+    return map;
+  }();
   std::string out;
   for (const auto t : ids) {
     const std::string token = this->token(t);
-    const bool special = std::any_of(impl_->specials.begin(), impl_->specials.end(),
-                                     [&](const auto& s) { return s.id == t; });
-    if (special) {
-      out += token;
-    } else if (impl_->byte_level) {
+    if (impl_->byte_level &&
+        !std::binary_search(impl_->special_ids.begin(), impl_->special_ids.end(), t)) {
       for (std::size_t at = 0; at < token.size();) {
         const auto c = code_point(token, at);
-        const std::size_t n = c ? c->bytes : 1;
-        const auto byte = impl_->byte_of.find(token.substr(at, n));
-        if (byte != impl_->byte_of.end())
-          out.push_back(static_cast<char>(byte->second));
-        else
-          out += token.substr(at, n);
-        at += n;
+        const std::string symbol = token.substr(at, c ? c->bytes : 1);
+        const auto byte = kByteOf.find(symbol);
+        out += byte == kByteOf.end() ? symbol : std::string(1, byte->second);
+        at += symbol.size();
       }
-    } else if (impl_->byte_fallback && token.size() == 6 && token.starts_with("<0x") &&
-               token.back() == '>') {
+    } else if (impl_->bpe.byte_fallback() && token.size() == 6 && token.starts_with("<0x") &&
+               token.back() == '>' && std::isxdigit(static_cast<unsigned char>(token[3])) != 0 &&
+               std::isxdigit(static_cast<unsigned char>(token[4])) != 0) {
       out.push_back(static_cast<char>(std::stoi(token.substr(3, 2), nullptr, 16)));
     } else {
       out += token;
     }
   }
-  if (impl_->mark_replace) {
+  if (impl_->replace || impl_->metaspace != Metaspace::none) {
     replace_all(out, kMark, " ");
-    if (impl_->mark_prepend && out.starts_with(' ')) out.erase(0, 1);
+    const bool added = impl_->prepend || impl_->metaspace > Metaspace::never;
+    if (added && out.starts_with(' ')) out.erase(0, 1);
   }
-  return out;
+  return with_replacements(out);
 }
 
 std::string Tokenizer::token(std::int32_t id) const {
   require(id >= 0 && id < size(), "tokenizer: token {} is outside the vocabulary of {}", id,
           size());
-  return impl_->tokens[static_cast<std::size_t>(id)];
+  return impl_->bpe.token(id);
 }
-std::int64_t Tokenizer::size() const { return static_cast<std::int64_t>(impl_->tokens.size()); }
+std::int64_t Tokenizer::size() const { return impl_->bpe.size(); }
 std::vector<std::int32_t> Tokenizer::prefix() const { return impl_->prefix; }
 
 }  // namespace mixlora

@@ -42,6 +42,30 @@ std::optional<std::size_t> invalid_utf8(std::string_view text) {
   return std::nullopt;
 }
 
+std::string with_replacements(std::string_view text) {
+  std::string out;
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  for (std::size_t at = 0; at < text.size();) {
+    if (const auto c = code_point(text, at)) {
+      out += text.substr(at, c->bytes);
+      at += c->bytes;
+      continue;
+    }
+    append_utf8(out, 0xfffd);
+    const unsigned first = byte(at++);
+    if (first < 0xc2 || first > 0xf4) continue;
+    // The second byte's range keeps out overlong forms, surrogates and what lies above 0x10ffff.
+    const unsigned low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+    const unsigned high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+    const int more = first >= 0xf0   ? 2
+                     : first >= 0xe0 ? 1
+                                     : 0;  // bytes a cut-off form may still have
+    for (int i = 0; i < more && at < text.size(); ++i, ++at)
+      if (byte(at) < (i == 0 ? low : 0x80) || byte(at) > (i == 0 ? high : 0xbf)) break;
+  }
+  return out;
+}
+
 void append_utf8(std::string& text, char32_t v) {
   const auto put = [&](char32_t byte) { text.push_back(static_cast<char>(byte)); };
   if (v < 0x80) {

@@ -15,6 +15,8 @@ struct CodePoint {
 std::optional<CodePoint> code_point(std::string_view text, std::size_t at);
 /// First byte that is not well-formed; nothing when all is.
 std::optional<std::size_t> invalid_utf8(std::string_view text);
+/// The text with U+FFFD for every part that is not well-formed [Unicode 3.9, maximal subparts].
+std::string with_replacements(std::string_view text);
 void append_utf8(std::string& text, char32_t value);
 bool is_letter(char32_t c);
 bool is_number(char32_t c);

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Writes engine/unicode_tables.h: code point ranges of letters (L*) and numbers (N*), from Python's Unicode database."""
+"""Writes engine/unicode_tables.h: code point ranges of letters (L*) and numbers (N*).
+
+needs unicodedata2==16.0.0: the Unicode that the tokenizers package's patterns know (0.23)
+"""
 import sys
-import unicodedata
+
+import unicodedata2 as unicodedata
 
 
 def ranges(kind):
