@@ -29,6 +29,7 @@ class Database;
 // Exit codes: 0 all done, 1 a trial failed, 2 the input is wrong, 130 stopped by a signal.
 inline constexpr int kDone = 0, kFailed = 1, kBadInput = 2, kStopped = 130;
 
+void add_bench_command(CLI::App& app, int& exit_code);
 void add_doctor_command(CLI::App& app, int& exit_code);
 void add_plan_command(CLI::App& app, int& exit_code);
 void add_prompts_command(CLI::App& app, int& exit_code);

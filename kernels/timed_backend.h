@@ -1,0 +1,217 @@
+// TimedBackend: another backend's operations, each timed: where a step's time goes.
+#pragma once
+#include <chrono>
+#include <map>
+
+#include "kernels/backend.h"
+
+namespace mixlora {
+
+/// Passes every call on to `inner` and waits for it, so that its time is its own. The waiting makes
+/// a device slower than it is without; the shares are what to read.
+class TimedBackend final : public Backend {
+ public:
+  struct Time {
+    double seconds = 0;
+    std::int64_t calls = 0;
+  };
+  explicit TimedBackend(Backend& inner) : inner_(inner) {}
+  /// By operation, since the last `reset`.
+  const std::map<std::string, Time>& times() const { return times_; }
+  void reset() { times_.clear(); }
+
+  Device device() const override { return inner_.device(); }
+  DType activation_type() const override { return inner_.activation_type(); }
+  std::string description() const override { return inner_.description(); }
+  std::unique_ptr<Memory> allocate(std::size_t bytes) override { return inner_.allocate(bytes); }
+  void synchronize() override { inner_.synchronize(); }
+  std::size_t allocated_bytes() const override { return inner_.allocated_bytes(); }
+  std::size_t peak_bytes() const override { return inner_.peak_bytes(); }
+  std::size_t workspace_bytes() const override { return inner_.workspace_bytes(); }
+  std::size_t matrix_bytes(std::int64_t out, std::int64_t in) const override {
+    return inner_.matrix_bytes(out, in);
+  }
+  DType matrix_type() const override { return inner_.matrix_type(); }
+  Tensor matrix_rows(const FrozenMatrix& w) const override { return inner_.matrix_rows(w); }
+
+  void upload(Tensor dst, const void* src) override {
+    timed("upload", [&] { inner_.upload(dst, src); });
+  }
+  void download(void* dst, ConstTensor src) override {
+    timed("download", [&] { inner_.download(dst, src); });
+  }
+  void zero(Tensor x) override {
+    timed("zero", [&] { inner_.zero(x); });
+  }
+  void copy(Tensor dst, ConstTensor src) override {
+    timed("copy", [&] { inner_.copy(dst, src); });
+  }
+  void pack_matrix(FrozenMatrix& w) override {
+    timed("pack_matrix", [&] { inner_.pack_matrix(w); });
+  }
+  void linear(Tensor y, ConstTensor x, const FrozenMatrix& w) override {
+    timed("linear", [&] { inner_.linear(y, x, w); });
+  }
+  void linear_backward(Tensor d_x, ConstTensor d_y, const FrozenMatrix& w,
+                       bool accumulate) override {
+    timed("linear_backward", [&] { inner_.linear_backward(d_x, d_y, w, accumulate); });
+  }
+  void row_norms_squared(Tensor norms, const FrozenMatrix& w) override {
+    timed("row_norms_squared", [&] { inner_.row_norms_squared(norms, w); });
+  }
+  void gemm(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, bool transpose_b, float alpha,
+            float beta) override {
+    timed("gemm", [&] { inner_.gemm(c, a, transpose_a, b, transpose_b, alpha, beta); });
+  }
+  void embedding(Tensor y, ConstTensor table, ConstTensor tokens) override {
+    timed("embedding", [&] { inner_.embedding(y, table, tokens); });
+  }
+  void gather_rows(Tensor y, ConstTensor x, ConstTensor index) override {
+    timed("gather_rows", [&] { inner_.gather_rows(y, x, index); });
+  }
+  void scatter_add_rows(Tensor x, ConstTensor y, ConstTensor index) override {
+    timed("scatter_add_rows", [&] { inner_.scatter_add_rows(x, y, index); });
+  }
+  void add(Tensor y, ConstTensor x) override {
+    timed("add", [&] { inner_.add(y, x); });
+  }
+  void rmsnorm(Tensor y, Tensor r, ConstTensor x, ConstTensor w, float eps) override {
+    timed("rmsnorm", [&] { inner_.rmsnorm(y, r, x, w, eps); });
+  }
+  void rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, ConstTensor w,
+                        ConstTensor r) override {
+    timed("rmsnorm_backward", [&] { inner_.rmsnorm_backward(d_x, d_y, x, w, r); });
+  }
+  void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, ConstTensor w,
+                   float eps) override {
+    timed("add_rmsnorm", [&] { inner_.add_rmsnorm(sum, y, r, x, delta, w, eps); });
+  }
+  void dropout(Tensor y, ConstTensor x, const Dropout& d, RowIds ids) override {
+    timed("dropout", [&] { inner_.dropout(y, x, d, ids); });
+  }
+  void dropout_backward_add(Tensor d_x, ConstTensor d_y, const Dropout& d, RowIds ids) override {
+    timed("dropout_backward_add", [&] { inner_.dropout_backward_add(d_x, d_y, d, ids); });
+  }
+  void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
+              RowIds ids) override {
+    timed("jitter", [&] { inner_.jitter(y, x, amount, seed, layer, ids); });
+  }
+  void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,
+                  ConstTensor a, ConstTensor wa, ConstTensor b, float s) override {
+    timed("dora_scale", [&] { inner_.dora_scale(scale, inverse_norm, m, w_squared, a, wa, b, s); });
+  }
+  void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override {
+    timed("dora_magnitude_backward",
+          [&] { inner_.dora_magnitude_backward(d_m, d_scale, inverse_norm); });
+  }
+  void scale_columns(Tensor y, ConstTensor core, ConstTensor scale) override {
+    timed("scale_columns", [&] { inner_.scale_columns(y, core, scale); });
+  }
+  void scale_columns_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor core,
+                              ConstTensor scale) override {
+    timed("scale_columns_backward",
+          [&] { inner_.scale_columns_backward(d_core, d_scale, d_y, core, scale); });
+  }
+  void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
+            bool inverse) override {
+    timed("rope", [&] { inner_.rope(y, x, table, ids, heads, inverse); });
+  }
+  void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override {
+    timed("attention", [&] { inner_.attention(o, lse, qkv, s, heads); });
+  }
+  void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
+                          ConstTensor lse, const Sequences& s, Heads heads) override {
+    timed("attention_backward",
+          [&] { inner_.attention_backward(d_qkv, d_o, qkv, o, lse, s, heads); });
+  }
+  void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override {
+    timed("router_logits", [&] { inner_.router_logits(logits, x, wg); });
+  }
+  void route(Slots& slots, Tensor probabilities, Tensor stats, ConstTensor logits,
+             const Router& router, const Sequences& s) override {
+    timed("route", [&] { inner_.route(slots, probabilities, stats, logits, router, s); });
+  }
+  void balance_loss(Tensor loss, Tensor fraction, ConstTensor stats, std::int64_t rows, float coef,
+                    float z_coef, bool per_layer) override {
+    timed("balance_loss",
+          [&] { inner_.balance_loss(loss, fraction, stats, rows, coef, z_coef, per_layer); });
+  }
+  void route_backward(Tensor d_logits, ConstTensor d_weight, const Slots& slots,
+                      ConstTensor probabilities, ConstTensor logits, ConstTensor fraction,
+                      const Router& router, float coef, float z_coef, std::int64_t layers,
+                      float factor) override {
+    timed("route_backward", [&] {
+      inner_.route_backward(d_logits, d_weight, slots, probabilities, logits, fraction, router,
+                            coef, z_coef, layers, factor);
+    });
+  }
+  void router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits, ConstTensor x,
+                       ConstTensor wg) override {
+    timed("router_backward", [&] { inner_.router_backward(d_wg, d_x, d_logits, x, wg); });
+  }
+  void mixture(Tensor out, Tensor z, const Mixture& m) override {
+    timed("mixture", [&] { inner_.mixture(out, z, m); });
+  }
+  void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
+                        ConstTensor d_out, ConstTensor q, ConstTensor z,
+                        const Mixture& m) override {
+    timed("mixture_backward",
+          [&] { inner_.mixture_backward(d_gate_up, d_weight, p, grads, d_out, q, z, m); });
+  }
+  void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override {
+    timed("slots_to_columns", [&] { inner_.slots_to_columns(columns, z, slots, per_slot); });
+  }
+  void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override {
+    timed("slot_combine", [&] { inner_.slot_combine(y, core, scale, slots); });
+  }
+  void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale, ConstTensor d_y,
+                             ConstTensor core, ConstTensor scale, const Slots& slots) override {
+    timed("slot_combine_backward", [&] {
+      inner_.slot_combine_backward(d_core, d_weight, d_scale, d_y, core, scale, slots);
+    });
+  }
+  void overflow_input(Tensor y, ConstTensor x, const Slots& slots) override {
+    timed("overflow_input", [&] { inner_.overflow_input(y, x, slots); });
+  }
+  void overflow_input_backward(Tensor d_x, Tensor d_weight, Tensor d_y, ConstTensor x,
+                               const Slots& slots) override {
+    timed("overflow_input_backward",
+          [&] { inner_.overflow_input_backward(d_x, d_weight, d_y, x, slots); });
+  }
+  void cross_entropy(Tensor loss, Tensor logits, ConstTensor target, ConstTensor weight) override {
+    timed("cross_entropy", [&] { inner_.cross_entropy(loss, logits, target, weight); });
+  }
+  void log_prob(Tensor log_prob, Tensor greedy, ConstTensor logits, ConstTensor target) override {
+    timed("log_prob", [&] { inner_.log_prob(log_prob, greedy, logits, target); });
+  }
+  void sum_squares(Tensor out, ConstTensor x, bool accumulate) override {
+    timed("sum_squares", [&] { inner_.sum_squares(out, x, accumulate); });
+  }
+  void sum(Tensor out, ConstTensor x) override {
+    timed("sum", [&] { inner_.sum(out, x); });
+  }
+  void adamw(Tensor w, Tensor compute, ConstTensor g, Tensor m, Tensor v, StepNumbers numbers,
+             ConstTensor norm_squared) override {
+    timed("adamw", [&] { inner_.adamw(w, compute, g, m, v, numbers, norm_squared); });
+  }
+  void sgd(Tensor w, Tensor compute, ConstTensor g, Tensor v, StepNumbers numbers,
+           ConstTensor norm_squared) override {
+    timed("sgd", [&] { inner_.sgd(w, compute, g, v, numbers, norm_squared); });
+  }
+
+ private:
+  template <class F> void timed(const char* op, F&& call) {
+    inner_.synchronize();
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    inner_.synchronize();
+    Time& t = times_[op];
+    t.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    ++t.calls;
+  }
+
+  Backend& inner_;
+  std::map<std::string, Time> times_;
+};
+
+}  // namespace mixlora
