@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
   add_report_command(app, exit_code);
   add_prompts_command(app, exit_code);
   add_bench_command(app, exit_code);
+  add_schema_command(app, exit_code);
   add_doctor_command(app, exit_code);
   try {
     app.parse(argc, argv);

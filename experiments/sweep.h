@@ -1,29 +1,13 @@
 // Sweep: a declarative file of trials: a base, axes of labelled merge patches, single trials added
 // and removed.
 #pragma once
-#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <vector>
 
-#include "experiments/trial.h"
+#include "experiments/expand.h"
 
 namespace mixlora {
-
-struct RunSpec {
-  std::string device = "auto";     // auto | cpu | cuda
-  std::string precision = "auto";  // auto | fp32 | bf16
-  std::optional<double> memory_limit_gib;
-  Recompute recompute = Recompute::automatic;
-  bool keep_adapters = true;
-};
-template <class V> void fields(V& v, RunSpec& s) {
-  v("device", s.device);
-  v("precision", s.precision);
-  v("memory_limit_gib", s.memory_limit_gib);
-  v("recompute", s.recompute);
-  v("keep_adapters", s.keep_adapters);
-}
 
 struct Sweep {
   std::string name;
@@ -32,6 +16,7 @@ struct Sweep {
   RunSpec run;
   std::vector<std::string> tables;
   std::vector<Trial> trials;  // expanded, equal ones once, keys not yet set
+  std::vector<LeftOut> left_out;
 };
 
 /// Reads and expands; throws InputError with the file, the path in the JSON and the trial's label.

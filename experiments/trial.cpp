@@ -37,18 +37,54 @@ void check(const TrialSpec& s, const std::string& path) {
           "{}: neither train.tasks nor evaluate.suites: nothing to do", path);
 }
 
-std::string trial_key(const TrialSpec& spec, const std::string& model_hash,
-                      const std::string& data_hash) {
-  TrialSpec s = spec;
-  s.model.clear();
+TrialSpec canonical(TrialSpec s) {
+  const AdapterSpec defaults;
+  AdapterSpec& a = s.adapter;
   s.train.micro_batch_size = 0;
-  if (s.adapter.method ==
-      Method::base) {  // the untrained model is one trial, whatever the training says
+  if (a.method == Method::base) {  // the untrained model is one trial, whatever training says
     s.train = {};
-    s.adapter = {};
-    s.adapter.method = Method::base;
+    a = {};
+    a.method = Method::base;
+    return s;
   }
-  return sha256(write(s).dump() + "\n" + model_hash + "\n" + data_hash).substr(0, 16);
+  if (s.train.optim != Optim::sgd) s.train.momentum = 0;
+  if (!has_router(a)) {
+    AdapterSpec plain;
+    plain.method = a.method;
+    plain.r = a.r;
+    plain.lora_alpha = a.lora_alpha;
+    plain.lora_dropout = a.lora_dropout;
+    plain.target_modules = a.target_modules;
+    plain.use_rslora = a.use_rslora;
+    plain.lora_init = a.lora_init;
+    plain.act_fn = a.act_fn;
+    plain.ffn_dropout = a.ffn_dropout;
+    plain.jitter_noise = a.jitter_noise;
+    a = plain;
+    return s;
+  }
+  if (a.routing_strategy != Routing::mixlora) a.top_k = defaults.top_k;
+  if (a.routing_strategy != Routing::mixlora_dynamic) {
+    a.top_p = defaults.top_p;
+    a.temperature = defaults.temperature;
+  }
+  if (a.routing_strategy != Routing::mixlora_switch) {
+    a.router_z_loss_coef = defaults.router_z_loss_coef;
+    a.expert_capacity = defaults.expert_capacity;
+    a.overflow = defaults.overflow;
+  }
+  a.router_init_range = router_init_range(a);
+  a.jitter_noise = jitter_noise(a);
+  return s;
+}
+
+std::string trial_key(const TrialSpec& spec, const std::string& model_hash,
+                      const std::string& data_hash, DType matrix_type) {
+  TrialSpec s = canonical(spec);
+  s.model.clear();
+  return sha256(fmt::format("{}\n{}\n{}\n{}", write(s).dump(), model_hash, data_hash,
+                            matrix_type == DType::bf16 ? "bf16" : "f32"))
+      .substr(0, 16);
 }
 
 std::string model_fingerprint(const std::string& source) {

@@ -6,6 +6,7 @@
 
 #include "engine/specs.h"
 #include "engine/specs_json.h"
+#include "kernels/tensor.h"
 
 namespace mixlora {
 
@@ -44,10 +45,14 @@ struct Trial {
   std::string key;                            // content hash, see trial_key
 };
 
+/// The spec without what cannot change a result: fields that the method or the routing strategy
+/// does not read are their defaults, and so are the size of micro-batches and the way to the model.
+/// Equal canonical specs are one trial.
+TrialSpec canonical(TrialSpec spec);
 /// Hash of everything that can change a result: the canonical spec, the model's and the data's
-/// fingerprints. Sizes of micro-batches do not belong to it.
+/// fingerprints, the type that frozen matrices are multiplied in.
 std::string trial_key(const TrialSpec& spec, const std::string& model_hash,
-                      const std::string& data_hash);
+                      const std::string& data_hash, DType matrix_type);
 /// Fingerprint of a model source: config and sizes, times and heads of the weight files; the name
 /// of a shape.
 std::string model_fingerprint(const std::string& source);

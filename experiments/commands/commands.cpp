@@ -7,22 +7,12 @@
 #include "reports/report.h"
 
 namespace mixlora {
-namespace {
-
-Precision precision_of(const std::string& name) {
-  return name == "fp32" ? Precision::fp32 : name == "bf16" ? Precision::bf16 : Precision::automatic;
-}
-
-}  // namespace
 
 std::unique_ptr<Backend> make_backend(const RunSpec& run) {
-  if (run.device == "cuda") {
-    const std::string reason = cuda_unavailable_reason();
-    require(reason.empty(), "run.device \"cuda\": {}", reason);
-  }
-  if (run.device == "cuda" || (run.device == "auto" && cuda_unavailable_reason().empty()))
-    return make_cuda_backend(precision_of(run.precision));
-  return make_cpu_backend(precision_of(run.precision));
+  const std::string reason =
+      run.device == DeviceChoice::cpu ? "not asked for" : cuda_unavailable_reason();
+  require(run.device != DeviceChoice::cuda || reason.empty(), "run.device \"cuda\": {}", reason);
+  return reason.empty() ? make_cuda_backend(run.precision) : make_cpu_backend(run.precision);
 }
 
 std::filesystem::path store_file(const Sweep& sweep, const std::string& given) {
@@ -30,14 +20,14 @@ std::filesystem::path store_file(const Sweep& sweep, const std::string& given) {
                        : std::filesystem::path(given);
 }
 
-std::string set_keys(Sweep& sweep) {
+std::string set_keys(Sweep& sweep, const Backend& ops) {
   std::string model_hash;
   for (Trial& t : sweep.trials) {
     require(t.spec.model == sweep.trials.front().spec.model,
             "{}: one model a sweep; found \"{}\" and \"{}\"", sweep.file,
             sweep.trials.front().spec.model, t.spec.model);
     if (model_hash.empty()) model_hash = model_fingerprint(t.spec.model);
-    t.key = trial_key(t.spec, model_hash, data_fingerprint(t.spec));
+    t.key = trial_key(t.spec, model_hash, data_fingerprint(t.spec), ops.matrix_type());
   }
   return model_hash;
 }

@@ -35,14 +35,15 @@ void add_plan_command(CLI::App& app, int& exit_code);
 void add_prompts_command(CLI::App& app, int& exit_code);
 void add_report_command(CLI::App& app, int& exit_code);
 void add_run_command(CLI::App& app, int& exit_code);
+void add_schema_command(CLI::App& app, int& exit_code);
 void add_status_command(CLI::App& app, int& exit_code);
 
 /// The device and precision that a sweep's "run" asks for; throws InputError when it is not here.
 std::unique_ptr<Backend> make_backend(const RunSpec& run);
 /// Where a sweep's rows go: `given`, else runs/NAME.db.
 std::filesystem::path store_file(const Sweep& sweep, const std::string& given);
-/// Sets the trials' keys; returns the model's fingerprint. Throws InputError.
-std::string set_keys(Sweep& sweep);
+/// Sets the trials' keys for a backend; returns the model's fingerprint. Throws InputError.
+std::string set_keys(Sweep& sweep, const Backend& ops);
 /// Prints tables of a sweep in a store; also writes them as .md, .csv and .tex into `directory`
 /// when it is not empty.
 void print_tables(Database& db, std::int64_t sweep, const std::vector<std::string>& names,

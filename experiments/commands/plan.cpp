@@ -14,8 +14,8 @@ int plan(const std::string& file, const std::string& db) {
   const std::string source = sweep.trials.front().spec.model;
   const ModelConfig config = config_of(source);
   const Tokenizer tokenizer(source);
-  set_keys(sweep);
   const auto ops = make_backend(sweep.run);
+  set_keys(sweep, *ops);
   const auto path = store_file(sweep, db);
   std::unique_ptr<Store> store;
   if (std::filesystem::exists(path)) store = std::make_unique<Store>(path);

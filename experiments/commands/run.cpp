@@ -54,12 +54,13 @@ class Progress {
 
 int run(const std::string& file, const std::string& db, const std::string& out, bool retry) {
   Sweep sweep = read_sweep(file);
-  const std::string model_hash = (config_of(sweep.trials.front().spec.model), set_keys(sweep));
+  config_of(sweep.trials.front().spec.model);  // a missing model says so before anything else
+  const std::unique_ptr<Backend> ops = make_backend(sweep.run);
+  const std::string model_hash = set_keys(sweep, *ops);
   const auto path = store_file(sweep, db);
   if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
   Store store(path);
   const std::int64_t id = store.put_sweep(sweep, model_hash);
-  std::unique_ptr<Backend> ops;
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
   bool failed = false;
@@ -76,7 +77,6 @@ int run(const std::string& file, const std::string& db, const std::string& out, 
       continue;
     }
     if (model == nullptr) {  // only when there is something to do
-      ops = make_backend(sweep.run);
       fmt::print("{}; loading {}\n", ops->description(), trial.spec.model);
       model = Model::load(*ops, trial.spec.model);
       if (!model->random) tokenizer = std::make_unique<Tokenizer>(trial.spec.model);
