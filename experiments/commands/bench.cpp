@@ -196,8 +196,8 @@ Table op_table(const std::string& method, const TimedBackend& timed) {
 
 int bench(const Options& o) {
   RunSpec run;
-  run.device = o.device;
-  run.precision = o.precision;
+  read(Json(o.device), run.device, "--device");
+  read(Json(o.precision), run.precision, "--precision");
   const auto real = make_backend(run);
   TimedBackend timed(*real);
   Backend& ops = o.ops ? static_cast<Backend&>(timed) : *real;
