@@ -1,4 +1,5 @@
 // mixlora-bench: the program; its subcommands are in experiments/commands.
+#include <csignal>
 #include <cstdio>
 
 #include <CLI/CLI.hpp>
@@ -9,6 +10,7 @@
 
 int main(int argc, char** argv) {
   using namespace mixlora;
+  std::signal(SIGXFSZ, SIG_IGN);  // a file over its limit is an error with a message, not a signal
   CLI::App app{
       "mixlora-bench: LoRA, DoRA, MixLoRA and MixDoRA on a frozen Llama-family model, compared."};
   app.require_subcommand(1);

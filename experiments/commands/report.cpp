@@ -3,16 +3,14 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
-#include "engine/error.h"
 #include "experiments/commands/commands.h"
-#include "experiments/store/database.h"
+#include "experiments/store/store.h"
 
 namespace mixlora {
 namespace {
 
 int report(const std::string& file, const std::string& out) {
-  require(std::filesystem::exists(file), "{}: no such file", file);
-  Database db(file);
+  Database db = open_store(file);
   print_tables(db, last_sweep(db), {"accuracy", "params", "efficiency", "expert-load"}, out);
   return 0;
 }

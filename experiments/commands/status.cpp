@@ -1,17 +1,15 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
-#include "engine/error.h"
 #include "experiments/commands/commands.h"
-#include "experiments/store/database.h"
+#include "experiments/store/store.h"
 #include "reports/report.h"
 
 namespace mixlora {
 namespace {
 
 int status(const std::string& file) {
-  require(std::filesystem::exists(file), "{}: no such file", file);
-  Database db(file);
+  Database db = open_store(file);
   Statement(db, "SELECT label, status, reason FROM result WHERE sweep = ? ORDER BY position")
       .rows<std::string, std::string, std::string>(
           [](const std::string& label, const std::string& state, const std::string& reason) {

@@ -20,21 +20,18 @@ struct StoreError : InputError {
   using InputError::InputError;
 };
 
+enum class Access : std::uint8_t { read, write };
+
+/// Throws what SQLite said last of `db`, with the file's name and what to do about it.
+[[noreturn]] void store_error(sqlite3* db, std::string_view statement = "");
+
 class Database {
  public:
-  explicit Database(const std::string& path) {
-    sqlite3* db = nullptr;
-    const int rc = sqlite3_open(path.c_str(), &db);
-    db_.reset(db);  // even on failure: SQLite wants it closed
-    if (rc != SQLITE_OK) throw StoreError(path + ": " + sqlite3_errmsg(db));
-    path_ = path;
-    exec("PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON;");
-  }
+  /// Opens a file; Access::write makes it when it is not there. Throws StoreError.
+  explicit Database(const std::string& path, Access access = Access::write);
   void exec(const char* sql) {
-    char* message = nullptr;
-    if (sqlite3_exec(db_.get(), sql, nullptr, nullptr, &message) == SQLITE_OK) return;
-    std::unique_ptr<char, decltype(&sqlite3_free)> owned(message, sqlite3_free);
-    throw StoreError(path_ + ": " + owned.get());
+    if (sqlite3_exec(db_.get(), sql, nullptr, nullptr, nullptr) != SQLITE_OK)
+      store_error(db_.get(), sql);
   }
   sqlite3* raw() const { return db_.get(); }
 
@@ -43,7 +40,6 @@ class Database {
     void operator()(sqlite3* db) const { sqlite3_close_v2(db); }
   };
   std::unique_ptr<sqlite3, Close> db_;
-  std::string path_;
 };
 
 /// One prepared statement. `run(args...)` binds all and steps; `rows<T...>(fn, args...)` visits
@@ -53,7 +49,7 @@ class Statement {
   Statement(const Database& db, std::string_view sql) {
     sqlite3_stmt* s = nullptr;
     if (sqlite3_prepare_v2(db.raw(), sql.data(), int(sql.size()), &s, nullptr) != SQLITE_OK)
-      throw StoreError(std::string(sql) + ": " + sqlite3_errmsg(db.raw()));
+      store_error(db.raw(), sql);
     stmt_.reset(s);
   }
 
@@ -72,7 +68,7 @@ class Statement {
       [&]<std::size_t... I>(std::index_sequence<I...>) { fn(column<Columns>(int(I))...); }
       (std::index_sequence_for<Columns...>{});
     }
-    if (rc != SQLITE_DONE) throw StoreError(sqlite3_errmsg(sqlite3_db_handle(stmt_.get())));
+    if (rc != SQLITE_DONE) store_error(sqlite3_db_handle(stmt_.get()), sqlite3_sql(stmt_.get()));
   }
 
  private:
@@ -109,7 +105,7 @@ class Statement {
     }
   }
   void ok(int rc) const {
-    if (rc != SQLITE_OK) throw StoreError(sqlite3_errmsg(sqlite3_db_handle(stmt_.get())));
+    if (rc != SQLITE_OK) store_error(sqlite3_db_handle(stmt_.get()), sqlite3_sql(stmt_.get()));
   }
 
   std::unique_ptr<sqlite3_stmt, Finalize> stmt_;

@@ -35,6 +35,23 @@ std::int64_t whole(Database& db, const char* sql) {
   Statement(db, sql).rows<std::int64_t>([&](std::int64_t v) { out = v; });
   return out;
 }
+/// A store of this program and of this version of its tables, or a StoreError.
+void check_version(Database& db, const std::string& file) {
+  const std::int64_t version = whole(db, "PRAGMA user_version"),
+                     application = whole(db, "PRAGMA application_id");
+  if (application != kApplication)
+    throw StoreError(
+        fmt::format("{}: not a store of this program but another SQLite database", file));
+  if (version > kSchemaVersion)
+    throw StoreError(fmt::format(
+        "{}: written by a newer version of this program (tables {}, this one knows {}); update it",
+        file, version, kSchemaVersion));
+  if (version < kSchemaVersion)
+    throw StoreError(fmt::format(
+        "{}: written by an older version of this program (tables {}, this one writes {}); read it "
+        "with that one, or run into a new file",
+        file, version, kSchemaVersion));
+}
 /// SQLite has no NaN: a loss that is not a number is an absent one.
 std::optional<double> finite(double v) {
   return std::isfinite(v) ? std::optional(v) : std::nullopt;
@@ -47,20 +64,45 @@ Store::Lock::~Lock() {
 }
 
 void Store::take_lock(const std::filesystem::path& file) {
+  std::error_code error;
+  const auto folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
+  if (!std::filesystem::is_directory(folder, error))
+    throw StoreError(fmt::format("{}: the folder {} is not there", file.string(), folder.string()));
+  if (std::filesystem::is_directory(file, error))
+    throw StoreError(fmt::format("{}: is a folder, expected a file", file.string()));
   const std::string lock = file.string() + ".lock";
   lock_.fd = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-  if (lock_.fd < 0) throw StoreError(lock + ": cannot be made: " + std::strerror(errno));
-  if (::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0)
+  if (lock_.fd < 0)
+    throw StoreError(fmt::format("{}: cannot be written beside: {}: {}", file.string(), lock,
+                                 std::strerror(errno)));
+  if (::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0) {
+    std::array<char, 32> pid{};
+    const ssize_t n = ::pread(lock_.fd, pid.data(), pid.size() - 1, 0);
+    throw StoreError(fmt::format(
+        "{}: another run{} is writing to it; wait for it, or give this one its own file with --db",
+        file.string(),
+        n > 0 ? fmt::format(" (process {})", std::strtol(pid.data(), nullptr, 10)) : ""));
+  }
+  const std::string own = fmt::format("{}\n", ::getpid());
+  // Only the other run's message reads it; on a full disk the store itself will say so.
+  if (::ftruncate(lock_.fd, 0) == 0 && ::pwrite(lock_.fd, own.data(), own.size(), 0) < 0) return;
+}
+
+Database open_store(const std::filesystem::path& file) {
+  std::error_code error;
+  if (!std::filesystem::exists(file, error))
     throw StoreError(
-        file.string() +
-        ": another run is writing to it; wait for it, or give this one its own file with --db");
+        fmt::format("{}: no such file; mixlora-bench run SWEEP makes one", file.string()));
+  if (std::filesystem::is_directory(file, error))
+    throw StoreError(fmt::format("{}: is a folder, expected a store", file.string()));
+  Database db(file.string(), Access::read);
+  check_version(db, file.string());
+  return db;
 }
 
 Store::Store(const std::filesystem::path& file) : db_((take_lock(file), file.string())) {
-  const std::int64_t version = whole(db_, "PRAGMA user_version"),
-                     application = whole(db_, "PRAGMA application_id");
-  const std::int64_t tables = whole(db_, "SELECT count(*) FROM sqlite_master");
-  if (tables == 0 && version == 0) {
+  if (whole(db_, "PRAGMA user_version") == 0 &&
+      whole(db_, "SELECT count(*) FROM sqlite_master") == 0) {
     db_.exec("PRAGMA journal_mode = WAL");
     Transaction t(db_);
     db_.exec(kSchema);
@@ -68,11 +110,11 @@ Store::Store(const std::filesystem::path& file) : db_((take_lock(file), file.str
                          kApplication)
                  .c_str());
     t.commit();
-  } else if (application != kApplication || version != kSchemaVersion) {
-    throw StoreError(fmt::format(
-        "{}: not a store of this program (application {:#x}, schema {}); expected {:#x}, {}",
-        file.string(), application, version, kApplication, kSchemaVersion));
   }
+  check_version(db_, file.string());
+  // A killed process loses nothing with this; a machine that loses power may lose the last rows,
+  // never the file.
+  db_.exec("PRAGMA synchronous = NORMAL");
   Transaction t(db_);  // the lock is ours, so whoever was running is gone
   db_.exec(
       "UPDATE attempt SET outcome = 'interrupted', message = 'the process ended' WHERE outcome = "

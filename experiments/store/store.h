@@ -18,6 +18,10 @@ struct TrialState {
   std::string reason;
 };
 
+/// Opens a store for reading beside a run that may be writing to it; throws StoreError when it is
+/// missing, foreign, or of another version of this program.
+Database open_store(const std::filesystem::path& file);
+
 class Store {
  public:
   /// Opens or makes the file, takes the one writer's lock, closes attempts of processes that are
