@@ -7,6 +7,7 @@
 
 #include "engine/error.h"
 #include "experiments/commands/commands.h"
+#include "experiments/environment.h"
 
 int main(int argc, char** argv) {
   using namespace mixlora;
@@ -14,6 +15,7 @@ int main(int argc, char** argv) {
   CLI::App app{
       "mixlora-bench: LoRA, DoRA, MixLoRA and MixDoRA on a frozen Llama-family model, compared."};
   app.require_subcommand(1);
+  app.set_version_flag("--version", version_text());
   int exit_code = kDone;
   // In the order of --help.
   add_run_command(app, exit_code);

@@ -3,15 +3,16 @@
 #include <algorithm>
 #include <chrono>
 
-#include "engine/adapter.h"
 #include "engine/scorer.h"
 #include "suites/prompt.h"
 
 namespace mixlora {
 namespace {
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
 }
 double median(std::vector<double> v) {
   if (v.empty()) return 0;
@@ -19,79 +20,148 @@ double median(std::vector<double> v) {
   return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
 }
 
-}  // namespace
-
-std::vector<TrainItem> training_items(const TrialSpec& spec, const Tokenizer& tokenizer) {
-  std::vector<TrainItem> items;
-  Truncation cut;
-  for (const auto& name : spec.train.tasks) {
-    const Task& task = find_task(name);
-    for (const Row& row : load_split(task, true, spec.train.limit).rows)
-      items.push_back(train_item(task, row, tokenizer, spec.train.cutoff_len, cut));
+/// Wall time and tokens of each step, all jobs of a pack together.
+struct StepTimes {
+  std::vector<double> ms, tokens;
+  void add(const StepRecord& r) {
+    const auto at = static_cast<std::size_t>(r.step - 1);
+    ms.resize(std::max(ms.size(), at + 1));
+    tokens.resize(ms.size());
+    ms[at] = r.ms;
+    tokens[at] += static_cast<double>(r.tokens);
   }
-  return items;
+  double ms_per_token(std::int64_t first_steps) const {
+    std::vector<double> each;
+    for (std::size_t i = 0; i < std::min(ms.size(), static_cast<std::size_t>(first_steps)); ++i)
+      each.push_back(ms[i] / tokens[i]);
+    return median(std::move(each));
+  }
+};
+
+constexpr std::int64_t kCpuTokens = 1024, kDeviceTokens = 16384;  // of one scoring pass
+constexpr std::int64_t kPassesBetweenLooks = 8;  // how often scoring looks at stop and shows itself
+
+/// Asks in portions of several passes; answers do not depend on what is asked together.
+Scoring in_portions(const Scoring& inner, std::int64_t tokens_a_pass,
+                    const std::function<void(std::size_t asked, std::size_t of)>& look) {
+  const std::int64_t most = kPassesBetweenLooks * tokens_a_pass;
+  const auto ask = [=](const auto& requests, const auto& answer, const auto& size_of) {
+    std::decay_t<decltype(answer(requests))> out;
+    for (std::size_t begin = 0; begin < requests.size();) {
+      look(begin, requests.size());
+      std::size_t end = begin;
+      for (std::int64_t tokens = 0; end < requests.size() && (end == begin || tokens < most); ++end)
+        tokens += size_of(requests[end]);
+      for (auto& one : answer(requests.subspan(begin, end - begin))) out.push_back(std::move(one));
+      begin = end;
+    }
+    look(requests.size(), requests.size());
+    return out;
+  };
+  return {[=](std::span<const LabelRequest> requests) {
+            return ask(requests, inner.labels, [](const LabelRequest& r) {
+              return static_cast<std::int64_t>(r.prompt.size());
+            });
+          },
+          [=](std::span<const ChoiceRequest> requests) {
+            return ask(requests, inner.choices, [](const ChoiceRequest& r) {
+              std::size_t n = r.context.size();
+              for (const auto& c : r.continuations) n += c.size();
+              return static_cast<std::int64_t>(n);
+            });
+          }};
 }
 
-void run_trial(const Workbench& bench, const Trial& trial, const RunSpec& run, Store& store,
-               std::int64_t attempt, const TrialObserver& observer) {
-  const TrialSpec& spec = trial.spec;
+void record_training(const Workbench& bench, std::span<const RunningTrial> pack,
+                     const TrainResult& result, const StepTimes& times,
+                     const std::vector<std::int64_t>& steps, const TrainSummary& sum,
+                     Store& store) {
+  for (std::size_t j = 0; j < pack.size(); ++j) {
+    const auto number = [&](const char* name, double value, const char* unit) {
+      store.measurement(pack[j].attempt, name, value, unit);
+    };
+    const Adapter& adapter = *result.adapters[j];
+    store.expert_load(pack[j].attempt, "train", result.expert_load[j]);
+    number("trainable_parameters", static_cast<double>(adapter.trainable()), "1");
+    number("planned_peak_bytes", static_cast<double>(result.planned_bytes), "B");
+    number("measured_peak_bytes", static_cast<double>(result.measured_bytes), "B");
+    number("trials_in_step", static_cast<double>(pack.size()), "1");
+    number("train_seconds", sum.seconds, "s");
+    number("train_tokens", static_cast<double>(sum.tokens), "1");
+    number("train_tokens_per_s", static_cast<double>(sum.tokens) / sum.seconds, "tokens/s");
+    number("train_ms_per_token", times.ms_per_token(steps[j]), "ms/token");
+    if (!bench.adapters.empty())
+      adapter.save(bench.adapters / pack[j].trial->key, bench.model_source);
+  }
+}
+
+}  // namespace
+
+std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
+                                                 std::span<const RunningTrial> pack,
+                                                 const RunSpec& run, Texts& texts, Store& store,
+                                                 const TrialObserver& observer) {
   require(bench.tokenizer != nullptr,
           "model \"{}\" is a shape without a tokenizer; it can be measured, not trained on tasks",
           bench.model_source);
-  std::unique_ptr<Adapter> adapter;
-  store.measurement(attempt, "base_parameters",
+  TrainOptions options;
+  options.recompute = run.recompute;
+  if (run.memory_limit_gib)
+    options.memory_limit = static_cast<std::size_t>(*run.memory_limit_gib * 1024 * 1024 * 1024);
+  std::vector<TrainJob> jobs;
+  for (const RunningTrial& r : pack)
+    jobs.push_back({r.trial->spec.adapter, r.trial->spec.train, texts.training(r.trial->spec)});
+  TrainSummary sum;
+  StepTimes times;
+  std::vector<std::int64_t> steps(pack.size());
+  const TrainObserver each_step{[&](const StepRecord& r) {
+                                  const auto job = static_cast<std::size_t>(r.job);
+                                  store.step(pack[job].attempt, r);
+                                  times.add(r);
+                                  steps[job] = r.step;
+                                  sum.steps = std::max(sum.steps, r.step);
+                                  sum.tokens += r.tokens;
+                                  if (observer.on_step) observer.on_step(r);
+                                },
+                                observer.stop};
+  const auto start = Clock::now();
+  TrainResult result = train(bench.ops, bench.model, jobs, options, each_step);
+  sum.seconds = seconds_since(start);
+  sum.peak_bytes = result.measured_bytes;
+  sum.recompute = result.recompute;
+  record_training(bench, pack, result, times, steps, sum, store);
+  if (observer.on_trained) observer.on_trained(sum);
+  return std::move(result.adapters);
+}
+
+void score_trial(const Workbench& bench, const RunningTrial& running, const Adapter* adapter,
+                 Store& store, const TrialObserver& observer) {
+  const TrialSpec& spec = running.trial->spec;
+  store.measurement(running.attempt, "base_parameters",
                     static_cast<double>(bench.model.config.parameters()), "1");
-  if (spec.adapter.method != Method::base) {
-    TrainOptions options;
-    options.recompute = run.recompute;
-    if (run.memory_limit_gib)
-      options.memory_limit = static_cast<std::size_t>(*run.memory_limit_gib * 1024 * 1024 * 1024);
-    std::vector<double> ms_per_token;
-    std::int64_t tokens = 0;
-    TrainObserver train_observer{[&](const StepRecord& r) {
-                                   store.step(attempt, r);
-                                   tokens += r.tokens;
-                                   ms_per_token.push_back(r.ms / static_cast<double>(r.tokens));
-                                   if (observer.on_step) observer.on_step(r);
-                                 },
-                                 observer.stop};
-    const auto start = std::chrono::steady_clock::now();
-    const std::vector<TrainJob> jobs{
-        {spec.adapter, spec.train, training_items(spec, *bench.tokenizer)}};
-    TrainResult result = train(bench.ops, bench.model, jobs, options, train_observer);
-    const double seconds = seconds_since(start);
-    adapter = std::move(result.adapters.front());
-    store.expert_load(attempt, "train", result.expert_load.front());
-    store.measurement(attempt, "trainable_parameters", static_cast<double>(adapter->trainable()),
-                      "1");
-    store.measurement(attempt, "planned_peak_bytes", static_cast<double>(result.planned_bytes),
-                      "B");
-    store.measurement(attempt, "measured_peak_bytes", static_cast<double>(result.measured_bytes),
-                      "B");
-    store.measurement(attempt, "train_seconds", seconds, "s");
-    store.measurement(attempt, "train_tokens", static_cast<double>(tokens), "1");
-    store.measurement(attempt, "train_tokens_per_s", static_cast<double>(tokens) / seconds,
-                      "tokens/s");
-    store.measurement(attempt, "train_ms_per_token", median(ms_per_token), "ms/token");
-    if (!bench.adapters.empty()) adapter->save(bench.adapters / trial.key, bench.model_source);
-  }
-  constexpr std::int64_t kScoreTokens = 1024;
-  Scorer scorer(bench.ops, bench.model, adapter.get(), kScoreTokens);
-  const auto start = std::chrono::steady_clock::now();
-  for (const auto& name : spec.evaluate.suites) {
-    if (observer.stop && observer.stop()) throw Interrupted("stopped between two suites");
-    const Task& task = find_task(name);
-    const Evaluation e =
-        evaluate_labels(task, load_split(task, false, spec.evaluate.limit), *bench.tokenizer,
-                        scorer.scoring(), spec.evaluate.cutoff_len);
-    store.evaluation(attempt, e);
-    if (observer.on_score) observer.on_score(e);
-  }
   if (spec.evaluate.suites.empty()) return;
+  require(bench.tokenizer != nullptr,
+          "model \"{}\" is a shape without a tokenizer; it can be measured, not asked questions",
+          bench.model_source);
+  const std::int64_t tokens_a_pass = bench.ops.device() == Device::cpu ? kCpuTokens : kDeviceTokens;
+  Scorer scorer(bench.ops, bench.model, adapter, tokens_a_pass);
+  const auto start = Clock::now();
+  for (const auto& name : spec.evaluate.suites) {
+    const Task& task = find_task(name);
+    const Scoring scoring =
+        in_portions(scorer.scoring(), tokens_a_pass, [&](std::size_t asked, std::size_t of) {
+          if (observer.stop && observer.stop()) throw Interrupted("stopped between two questions");
+          if (observer.on_asked) observer.on_asked(*running.trial, name, asked, of);
+        });
+    const Evaluation e = evaluate_labels(task, load_split(task, false, spec.evaluate.limit),
+                                         *bench.tokenizer, scoring, spec.evaluate.cutoff_len);
+    store.evaluation(running.attempt, e);
+    if (observer.on_score) observer.on_score(*running.trial, e);
+  }
   const double seconds = seconds_since(start);
-  store.measurement(attempt, "eval_seconds", seconds, "s");
-  store.measurement(attempt, "eval_tokens_per_s", static_cast<double>(scorer.tokens()) / seconds,
-                    "tokens/s");
+  store.measurement(running.attempt, "eval_seconds", seconds, "s");
+  store.measurement(running.attempt, "eval_tokens_per_s",
+                    static_cast<double>(scorer.tokens()) / seconds, "tokens/s");
 }
 
 }  // namespace mixlora

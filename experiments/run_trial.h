@@ -1,11 +1,16 @@
-// One trial for real: train its adapter, ask its suites, write every row as it happens.
+// One trial for real: train its adapter, alone or with others in one step, ask its suites, write
+// every row as it happens.
 #pragma once
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
+#include "engine/adapter.h"
 #include "engine/model.h"
 #include "engine/tokenizer.h"
+#include "experiments/plan.h"
 #include "experiments/store/store.h"
 
 namespace mixlora {
@@ -19,17 +24,37 @@ struct Workbench {
   std::filesystem::path adapters;  // where trained adapters go; empty: nowhere
 };
 
-struct TrialObserver {
-  std::function<void(const StepRecord&)> on_step;
-  std::function<void(const Evaluation&)> on_score;
-  std::function<bool()> stop;
+/// A trial that runs, under its attempt's rows.
+struct RunningTrial {
+  const Trial* trial;
+  std::int64_t attempt;
 };
 
-/// Throws what went wrong; the caller records it. Rows of `attempt` are written on the way.
-void run_trial(const Workbench& bench, const Trial& trial, const RunSpec& run, Store& store,
-               std::int64_t attempt, const TrialObserver& observer);
+/// What training a pack took, all its trials together.
+struct TrainSummary {
+  std::int64_t steps = 0, tokens = 0;
+  double seconds = 0;
+  std::size_t peak_bytes = 0;
+  Recompute recompute = Recompute::none;
+};
 
-/// The texts a trial learns from, as tokens: all its tasks' train splits, concatenated.
-std::vector<TrainItem> training_items(const TrialSpec& spec, const Tokenizer& tokenizer);
+struct TrialObserver {
+  std::function<void(const StepRecord&)> on_step;  // `job` is the place in the pack
+  std::function<void(const TrainSummary&)> on_trained;
+  std::function<void(const Trial&, const std::string& suite, std::size_t asked, std::size_t of)>
+      on_asked;
+  std::function<void(const Trial&, const Evaluation&)> on_score;
+  std::function<bool()> stop;  // asked between steps and between batches of questions
+};
+
+/// Trains the adapters of `pack` (none of method base) in one step over one base; throws what went
+/// wrong. Rows of each attempt are written on the way.
+std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
+                                                 std::span<const RunningTrial> pack,
+                                                 const RunSpec& run, Texts& texts, Store& store,
+                                                 const TrialObserver& observer);
+/// Asks a trial's suites of the model with `adapter`, or without when that is null.
+void score_trial(const Workbench& bench, const RunningTrial& running, const Adapter* adapter,
+                 Store& store, const TrialObserver& observer);
 
 }  // namespace mixlora

@@ -209,7 +209,7 @@ int bench(const Options& o) {
   trial.train.tasks = {o.task};
   trial.train.batch_size = o.batch_size;
   trial.train.max_steps = o.steps;
-  TrainJob job{{}, trial.train, training_items(trial, tokenizer)};
+  TrainJob job{{}, trial.train, Texts(&tokenizer).training(trial)};
   if (!o.batches.empty()) write_batches(o.batches, job);
   const SampleOrder order(job.train, job.items);
   double tokens = 0, labels = 0;

@@ -20,6 +20,17 @@ std::filesystem::path store_file(const Sweep& sweep, const std::string& given) {
                        : std::filesystem::path(given);
 }
 
+void make_folder(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  require(!error, "{}: the folder cannot be made: {}", folder.string(), error.message());
+}
+
+std::unique_ptr<Tokenizer> tokenizer_of(const std::string& source) {
+  if (source.starts_with("shape:")) return nullptr;
+  return std::make_unique<Tokenizer>(source);
+}
+
 std::string set_keys(Sweep& sweep, const Backend& ops) {
   std::string model_hash;
   for (Trial& t : sweep.trials) {
@@ -37,9 +48,9 @@ void print_tables(Database& db, std::int64_t sweep, const std::vector<std::strin
   for (const auto& name : names) {
     const Table t = build_table(db, sweep, name);
     if (t.rows.empty()) continue;
-    fmt::print("\n{}", render(t, Format::terminal));
+    fmt::print("\n{}\n", render(t, Format::terminal));
     if (directory.empty()) continue;
-    std::filesystem::create_directories(directory);
+    make_folder(directory);
     for (const auto& [format, ending] :
          {std::pair{Format::markdown, "md"}, {Format::csv, "csv"}, {Format::latex, "tex"}})
       write_text(std::filesystem::path(directory) / fmt::format("{}.{}", name, ending),

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/tokenizer.h"
 #include "experiments/sweep.h"
 #include "kernels/backend.h"
 
@@ -42,6 +43,10 @@ void add_status_command(CLI::App& app, int& exit_code);
 std::unique_ptr<Backend> make_backend(const RunSpec& run);
 /// Where a sweep's rows go: `given`, else runs/NAME.db.
 std::filesystem::path store_file(const Sweep& sweep, const std::string& given);
+/// Makes a folder and those above it; throws InputError with the reason.
+void make_folder(const std::filesystem::path& folder);
+/// A model source's tokenizer; null for a shape.
+std::unique_ptr<Tokenizer> tokenizer_of(const std::string& source);
 /// Sets the trials' keys for a backend; returns the model's fingerprint. Throws InputError.
 std::string set_keys(Sweep& sweep, const Backend& ops);
 /// Prints tables of a sweep in a store; also writes them as .md, .csv and .tex into `directory`

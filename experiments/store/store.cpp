@@ -148,15 +148,24 @@ std::int64_t Store::put_sweep(const Sweep& sweep, const std::string& model_hash)
   return id;
 }
 
-TrialState Store::state(const std::string& key) {
+TrialState trial_state(Database& db, const std::string& key) {
   TrialState s;
-  Statement(db_, "SELECT status, reason FROM trial WHERE key = ?")
+  Statement(db, "SELECT status, reason FROM trial WHERE key = ?")
       .rows<std::string, std::string>(
           [&](std::string status, std::string reason) {
             s = {std::move(status), std::move(reason)};
           },
           key);
   return s;
+}
+
+bool is_being_written(const std::filesystem::path& file) {
+  const std::string lock = file.string() + ".lock";
+  const int fd = ::open(lock.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  const bool free = ::flock(fd, LOCK_SH | LOCK_NB) == 0;
+  ::close(fd);
+  return !free;
 }
 
 std::int64_t Store::begin_attempt(const std::string& key, const std::string& device,

@@ -22,6 +22,11 @@ struct TrialState {
 /// missing, foreign, or of another version of this program.
 Database open_store(const std::filesystem::path& file);
 
+/// How a trial stands; "new" when the store does not know it.
+TrialState trial_state(Database& db, const std::string& key);
+/// Whether a run holds the writer's lock now.
+bool is_being_written(const std::filesystem::path& file);
+
 class Store {
  public:
   /// Opens or makes the file, takes the one writer's lock, closes attempts of processes that are
@@ -32,7 +37,7 @@ class Store {
 
   /// Records the sweep and its trials (keys set); returns the sweep's row.
   std::int64_t put_sweep(const Sweep& sweep, const std::string& model_hash);
-  TrialState state(const std::string& key);
+  TrialState state(const std::string& key) { return trial_state(db_, key); }
 
   std::int64_t begin_attempt(const std::string& key, const std::string& device,
                              const std::string& environment);
