@@ -1,4 +1,5 @@
 // mixlora-bench: the program; its subcommands are in experiments/commands.
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 
@@ -6,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "engine/error.h"
+#include "engine/nearest.h"
 #include "experiments/commands/commands.h"
 #include "experiments/environment.h"
 
@@ -27,6 +29,12 @@ int main(int argc, char** argv) {
   add_schema_command(app, exit_code);
   add_doctor_command(app, exit_code);
   try {
+    if (argc > 1 && argv[1][0] != '-') {
+      std::vector<std::string> names;
+      for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
+      if (std::find(names.begin(), names.end(), argv[1]) == names.end())
+        fail("no command \"{}\"; {}", argv[1], nearest(argv[1], names));
+    }
     app.parse(argc, argv);
     return exit_code;
   } catch (const CLI::ParseError& e) {

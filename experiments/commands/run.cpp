@@ -129,9 +129,12 @@ int run(const Options& o) {
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const auto failed = static_cast<std::size_t>(outcome.failed) + failed_before;
-  progress.say(fmt::format(
-      "\n{} trials run in {}{}; store {}, tables in {}", outcome.done, clock_text(seconds),
-      failed > 0 ? fmt::format(", {} failed (see status)", failed) : "", path.string(), out));
+  const std::string what = to_run == 0 ? "nothing was left to run"
+                                       : fmt::format("{} of {} trials run in {}", outcome.done,
+                                                     to_run, clock_text(seconds));
+  progress.say(fmt::format("\n{}{}; store {}, tables in {}", what,
+                           failed > 0 ? fmt::format(", {} failed (see status)", failed) : "",
+                           path.string(), out));
   return failed > 0 ? kFailed : kDone;
 }
 
