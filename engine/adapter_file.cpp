@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/adapter.h"
+#include "engine/atomic_file.h"
 #include "engine/error.h"
 #include "engine/json_file.h"
 #include "engine/safetensors.h"
@@ -91,13 +92,13 @@ void check_config(const Json& found, const AdapterSpec& s, const std::string& fi
     const Json fallback = std::string(key).starts_with("use_") ? Json(false) : Json(nullptr);
     const Json value = found.contains(key) ? found[key] : fallback;
     require(value == expected[key], "{}: \"{}\" is {}; this adapter has {}", file, key,
-            value.dump(), expected[key].dump());
+            shown(value), shown(expected[key]));
   }
   for (const char* key :
        {"rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"})
     require(!found.contains(key) || found[key].is_null() || found[key].empty(),
             "{}: \"{}\" is {}; it is not supported", file, key,
-            found.contains(key) ? found[key].dump() : "");
+            found.contains(key) ? shown(found[key]) : "");
 }
 
 }  // namespace
@@ -107,14 +108,15 @@ void Adapter::save(const std::filesystem::path& directory, const std::string& ba
   std::filesystem::create_directories(directory, error);
   require(!error, "{}: cannot be made: {}", directory.string(), error.message());
   std::vector<WriteTensor> tensors;
-  for (const FileTensor& t : file_tensors()) {
-    WriteTensor w{t.name, t.shape, {}};
-    for (std::int64_t i = 0; i < t.view.rows(); ++i)
-      w.numbers.insert(w.numbers.end(), t.view.row<float>(i), t.view.row<float>(i) + t.view.cols());
-    tensors.push_back(std::move(w));
-  }
-  write_safetensors(directory / "adapter_model.safetensors", tensors);
-  write_text(directory / "adapter_config.json", config_of(spec_, base_model).dump(2) + "\n");
+  for (const FileTensor& t : file_tensors()) tensors.push_back({t.name, t.shape, t.view});
+  AtomicFile weights(directory / "adapter_model.safetensors"),
+      config(directory / "adapter_config.json");
+  write_safetensors(weights, tensors);
+  config.write(config_of(spec_, base_model).dump(2) + "\n");
+  weights.sync();
+  config.sync();
+  weights.commit();
+  config.commit();
 }
 
 void Adapter::load(const std::filesystem::path& directory) {

@@ -23,18 +23,20 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
 bool flag(const Json& model, const char* key, const std::string& where) {
   const Json value = model.value(key, Json(false));
   require(value.is_boolean(), "{}: \"{}\": expected true or false, found {}", where, key,
-          value.dump());
+          shown(value));
   return value.get<bool>();
 }
 
 /// "left right" (tokenizers before 0.20) or ["left", "right"].
-std::pair<std::string, std::string> merge_of(const Json& m, const std::string& where) {
+std::pair<std::string, std::string> merge_of(const Json& m, std::int32_t rank,
+                                             const std::string& where) {
   if (m.is_array() && m.size() == 2 && m[0].is_string() && m[1].is_string())
     return {m[0].get<std::string>(), m[1].get<std::string>()};
   const std::string text = m.is_string() ? m.get<std::string>() : "";
   const std::size_t space = text.find(' ');
-  require(space != std::string::npos && space == text.rfind(' '),
-          "{}: expected two tokens, [\"a\", \"b\"] or \"a b\", found {}", where, m.dump());
+  if (space == std::string::npos || space != text.rfind(' '))
+    fail("{}: merges[{}]: expected two tokens, [\"a\", \"b\"] or \"a b\", found {}", where, rank,
+         shown(m));
   return {text.substr(0, space), text.substr(space + 1)};
 }
 
@@ -61,13 +63,13 @@ Bpe::Bpe(const Json& tokenizer, const std::string& file) {
   const std::string where = file + ": model";
   require(model.contains("type") && model["type"] == "BPE",
           "{}: type {} is not supported; expected \"BPE\"", where,
-          model.value("type", Json()).dump());
+          shown(model.value("type", Json())));
   require(model.contains("vocab") && model["vocab"].is_object() && !model["vocab"].empty(),
           "{}: expected an object \"vocab\" of token: id", where);
   for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const Json value = model.value(key, Json());
     require(value.is_null() || value == "", "{}: \"{}\" is {}; expected null", where, key,
-            value.dump());
+            shown(value));
   }
   byte_fallback_ = flag(model, "byte_fallback", where);
   fuse_unknown_ = flag(model, "fuse_unk", where);
@@ -92,15 +94,15 @@ Bpe::Bpe(const Json& tokenizer, const std::string& file) {
     const std::string here = fmt::format("{}: added_tokens[{}]", file, i);
     require(
         t.is_object() && t.contains("content") && t["content"].is_string() && t["content"] != "",
-        "{}: expected an object with a \"content\", found {}", here, t.dump());
+        "{}: expected an object with a \"content\", found {}", here, shown(t));
     put(t["content"].get<std::string>(), t.value("id", Json()), limit, here);
   }
   if (model.contains("unk_token") && !model["unk_token"].is_null()) {
     require(model["unk_token"].is_string(), "{}: \"unk_token\": expected a token or null, found {}",
-            where, model["unk_token"].dump());
+            where, shown(model["unk_token"]));
     unknown_ = id(model["unk_token"].get<std::string>());
     require(unknown_ >= 0, "{}: the unk_token {} is not in the vocabulary", where,
-            model["unk_token"].dump());
+            shown(model["unk_token"]));
   }
   for (std::size_t b = 0; b < 256; ++b) {
     byte_level_ids_.at(b) = id(byte_symbols().at(b));
@@ -110,16 +112,17 @@ Bpe::Bpe(const Json& tokenizer, const std::string& file) {
 
 void Bpe::put(const std::string& token, const Json& value, std::size_t limit,
               const std::string& where) {
-  require(value.is_number_unsigned() && value.get<std::uint64_t>() < limit,
-          "{}: \"{}\": expected an id from 0 to {}, found {}", where, token, limit - 1,
-          value.dump());
+  if (!value.is_number_unsigned() || value.get<std::uint64_t>() >= limit)
+    fail("{}: {}: expected an id from 0 to {}, found {}", where, in_quotes(token), limit - 1,
+         shown(value));
   const auto number = value.get<std::size_t>();
   if (number >= tokens_.size()) tokens_.resize(number + 1);
-  require(tokens_[number].empty() || tokens_[number] == token,
-          "{}: the id {} stands for both \"{}\" and \"{}\"", where, number, tokens_[number], token);
+  if (!tokens_[number].empty() && tokens_[number] != token)
+    fail("{}: the id {} stands for both {} and {}", where, number, in_quotes(tokens_[number]),
+         in_quotes(token));
   const auto [at, fresh] = ids_.emplace(token, static_cast<std::int32_t>(number));
-  require(fresh || at->second == static_cast<std::int32_t>(number),
-          "{}: \"{}\" has the id {}, and {} elsewhere", where, token, number, at->second);
+  if (!fresh && at->second != static_cast<std::int32_t>(number))
+    fail("{}: {} has the id {}, and {} elsewhere", where, in_quotes(token), number, at->second);
   tokens_[number] = token;
 }
 
@@ -129,11 +132,11 @@ void Bpe::read_merges(const Json& merges, const std::string& where) {
   merges_.reserve(merges.size());
   std::int32_t rank = 0;
   for (const Json& m : merges) {
-    const std::string here = fmt::format("{}: merges[{}]", where, rank);
-    const auto [left, right] = merge_of(m, here);
+    const auto [left, right] = merge_of(m, rank, where);
     const std::int32_t a = id(left), b = id(right), c = id(left + right);
-    require(a >= 0 && b >= 0 && c >= 0,
-            "{}: \"{}\", \"{}\" and their union must be in the vocabulary", here, left, right);
+    if (a < 0 || b < 0 || c < 0)
+      fail("{}: merges[{}]: {}, {} and both joined must be in the vocabulary", where, rank,
+           in_quotes(left), in_quotes(right));
     merges_.insert_or_assign(pair_key(a, b), Merge{rank, c});  // the last one counts
     ++rank;
   }

@@ -42,7 +42,7 @@ class Reader {
   void reject_unknown() const {
     for (const auto& [key, value] : json_.items())
       if (std::find(known_.begin(), known_.end(), key) == known_.end())
-        fail("{}: unknown key \"{}\"; {}", path_, key, nearest(key, known_));
+        fail("{}: unknown key {}; {}", path_, in_quotes(key), nearest(key, known_));
   }
 
  private:
@@ -70,7 +70,7 @@ template <class T> void read(const Json& j, T& out, const std::string& path) {
       }
       names.emplace_back(name);
     }
-    fail("{}: no such choice: {}; {}", path, j.dump(),
+    fail("{}: no such choice: {}; {}", path, shown(j),
          nearest(j.is_string() ? j.get<std::string>() : "", names));
   } else if constexpr (requires { read_field(j, out, path); }) {
     read_field(j, out, path);
@@ -83,27 +83,27 @@ template <class T> void read(const Json& j, T& out, const std::string& path) {
       out = value;
     }
   } else if constexpr (detail::IsVector<T>::value) {
-    require(j.is_array(), "{}: expected a list, found {}", path, j.dump());
+    require(j.is_array(), "{}: expected a list, found {}", path, shown(j));
     out.clear();
     for (std::size_t i = 0; i < j.size(); ++i)
       read(j[i], out.emplace_back(), fmt::format("{}[{}]", path, i));
   } else if constexpr (std::is_same_v<T, bool>) {
-    require(j.is_boolean(), "{}: expected true or false, found {}", path, j.dump());
+    require(j.is_boolean(), "{}: expected true or false, found {}", path, shown(j));
     out = j.get<bool>();
   } else if constexpr (std::is_integral_v<T>) {
-    require(j.is_number_integer(), "{}: expected a whole number, found {}", path, j.dump());
+    require(j.is_number_integer(), "{}: expected a whole number, found {}", path, shown(j));
     require(!j.is_number_unsigned() || std::is_unsigned_v<T> ||
                 j.get<std::uint64_t>() <= std::uint64_t{1} << 62,
-            "{}: {} is too large", path, j.dump());
+            "{}: {} is too large", path, shown(j));
     require(std::is_signed_v<T> || j.is_number_unsigned(), "{}: expected a number from 0, found {}",
-            path, j.dump());
+            path, shown(j));
     out = j.get<T>();
   } else if constexpr (std::is_floating_point_v<T>) {
-    require(j.is_number(), "{}: expected a number, found {}", path, j.dump());
+    require(j.is_number(), "{}: expected a number, found {}", path, shown(j));
     out = j.get<T>();
-    require(std::isfinite(out), "{}: {} is not a finite number", path, j.dump());
+    require(std::isfinite(out), "{}: {} is not a finite number", path, shown(j));
   } else {
-    require(j.is_string(), "{}: expected a string, found {}", path, j.dump());
+    require(j.is_string(), "{}: expected a string, found {}", path, shown(j));
     out = j.get<std::string>();
   }
 }

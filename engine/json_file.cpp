@@ -4,15 +4,14 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
-#include <iterator>
-#include <set>
+#include <unordered_set>
 #include <vector>
 
-#include <fcntl.h>
 #include <nlohmann/json.hpp>
-#include <unistd.h>
 
+#include "engine/atomic_file.h"
 #include "engine/error.h"
+#include "engine/utf8.h"
 
 namespace mixlora {
 namespace {
@@ -38,41 +37,53 @@ std::string plain(const std::string& message) {
 
 }  // namespace
 
+std::string shown_text(std::string_view text) {
+  constexpr std::size_t kShown = 120;
+  if (text.size() <= kShown) return with_replacements(text);
+  std::size_t end = kShown;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0U) == 0x80) --end;
+  return fmt::format("{}... ({} bytes)", with_replacements(text.substr(0, end)), text.size());
+}
+std::string shown(const Json& value) {
+  return shown_text(value.dump(-1, ' ', false, Json::error_handler_t::replace));
+}
+std::string in_quotes(const std::string& name) { return shown(Json(name)); }
+
 std::string read_text(const std::filesystem::path& file, std::size_t limit) {
   std::error_code error;
   require(std::filesystem::exists(file, error), "{}: no such file", file.string());
-  require(!std::filesystem::is_directory(file, error), "{}: is a directory, expected a file",
-          file.string());
+  require(std::filesystem::is_regular_file(file, error), "{}: not a regular file", file.string());
   const auto size = std::filesystem::file_size(file, error);
   require(!error, "{}: cannot be read: {}", file.string(), error.message());
   require(size <= limit, "{}: {} bytes; at most {} are read", file.string(), size, limit);
   std::ifstream in(file, std::ios::binary);
   require(in.good(), "{}: cannot be opened: {}", file.string(), std::strerror(errno));
-  std::string text{std::istreambuf_iterator<char>(in), {}};
-  require(!in.bad(), "{}: reading failed", file.string());
+  std::string text(size, '\0');
+  in.read(text.data(), static_cast<std::streamsize>(size));
+  require(in.gcount() == static_cast<std::streamsize>(size), "{}: reading failed", file.string());
   return text;
 }
 
 Json parse_json(std::string_view text, const std::string& name) {
   constexpr int kDepth = 64;
-  std::vector<std::set<std::string>> keys;
-  std::string twice;
-  bool deep = false;
+  std::vector<std::unordered_set<std::string>> keys;
   const Json::parser_callback_t watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    deep = deep || depth > kDepth;
-    if (deep) throw InputError(fmt::format("{}: nested more than {} deep", name, kDepth));
+    require(depth <= kDepth, "{}: nested deeper than {} levels", name, kDepth);
     if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end && !keys.empty()) keys.pop_back();
-    if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
-      fail("{}: the key \"{}\" stands twice in one object", name, parsed.get<std::string>());
+    if (event == Json::parse_event_t::object_end) keys.pop_back();
+    if (event == Json::parse_event_t::key) {
+      const auto& key = parsed.get_ref<const std::string&>();
+      if (!keys.back().insert(key).second)
+        fail("{}: the key {} stands twice in one object", name, in_quotes(key));
+    }
     return true;
   };
   try {
     return Json::parse(text.begin(), text.end(), watch);
   } catch (const Json::parse_error& e) {
-    fail("{}: {}: {}", name, place(text, e.byte > 0 ? e.byte - 1 : 0), plain(e.what()));
+    fail("{}: {}: {}", name, place(text, e.byte > 0 ? e.byte - 1 : 0), shown_text(plain(e.what())));
   } catch (const Json::exception& e) {
-    fail("{}: {}", name, plain(e.what()));
+    fail("{}: {}", name, shown_text(plain(e.what())));
   }
 }
 
@@ -81,22 +92,9 @@ Json read_json(const std::filesystem::path& file, std::size_t limit) {
 }
 
 void write_text(const std::filesystem::path& file, std::string_view text) {
-  const std::string temporary = file.string() + ".part";
-  const int fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  require(fd >= 0, "{}: cannot be written: {}", temporary, std::strerror(errno));
-  bool good = true;
-  while (good && !text.empty()) {
-    const ssize_t n = ::write(fd, text.data(), text.size());
-    if (n < 0 && errno == EINTR) continue;
-    good = n > 0;
-    if (good) text.remove_prefix(static_cast<std::size_t>(n));
-  }
-  good = good && ::fsync(fd) == 0;
-  const int code = errno;
-  ::close(fd);
-  if (good && ::rename(temporary.c_str(), file.c_str()) == 0) return;
-  ::unlink(temporary.c_str());
-  fail("{}: cannot be written: {}", file.string(), std::strerror(good ? errno : code));
+  AtomicFile out(file);
+  out.write(text);
+  out.commit();
 }
 
 }  // namespace mixlora

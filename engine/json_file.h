@@ -19,8 +19,12 @@ std::string read_text(const std::filesystem::path& file,
 /// unique, nesting at most 64 deep.
 Json parse_json(std::string_view text, const std::string& name);
 Json read_json(const std::filesystem::path& file, std::size_t limit = std::size_t{256} << 20);
-/// Writes to a neighbour file, syncs and renames, so that a reader never sees half. Throws
-/// InputError.
+/// A value or a text as messages show it: at most 120 bytes of it, valid UTF-8. `in_quotes`: a
+/// name, with what cannot be printed escaped.
+std::string shown(const Json& value);
+std::string shown_text(std::string_view text);
+std::string in_quotes(const std::string& name);
+/// Writes the file whole or not at all (AtomicFile). Throws InputError.
 void write_text(const std::filesystem::path& file, std::string_view text);
 
 }  // namespace mixlora

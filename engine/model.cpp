@@ -36,14 +36,49 @@ void upload_numbers(Backend& ops, Tensor dst, const std::vector<float>& numbers)
 
 using Fill = std::function<void(Tensor rows, const std::string& name)>;
 
+/// Numbers go from the mapped file straight to the device where the types agree, else by way of a
+/// small block of f32.
 Fill fill_from_files(Backend& ops, const TensorFiles& files) {
   return [&ops, &files](Tensor rows, const std::string& name) {
-    std::vector<float> numbers(static_cast<std::size_t>(rows.numel()));
+    constexpr std::int64_t kBlock = 1 << 20;
     std::vector<std::int64_t> shape{rows.rows(), rows.cols()};
     if (rows.shape.rank == 1) shape = {rows.numel()};
-    files.read_f32(name, numbers, shape);
-    upload_numbers(ops, rows, numbers);
+    const FileTensorView& t = files.find(name, shape);
+    if ((t.type == FileType::f32 && rows.dtype == DType::f32) ||
+        (t.type == FileType::bf16 && rows.dtype == DType::bf16)) {
+      ops.upload(rows, t.bytes.data());
+      return;
+    }
+    const std::size_t element = t.type == FileType::f32 ? 4 : 2;
+    const std::int64_t each = std::max<std::int64_t>(1, kBlock / rows.cols());
+    for (std::int64_t i = 0; i < rows.rows(); i += each) {
+      const Tensor block = rows.row_range(i, std::min(rows.rows(), i + each));
+      std::vector<float> numbers(static_cast<std::size_t>(block.numel()));
+      const auto begin = static_cast<std::size_t>(i * rows.cols()) * element;
+      convert_to_f32(numbers, t.bytes.subspan(begin, numbers.size() * element), t.type);
+      upload_numbers(ops, block, numbers);
+    }
   };
+}
+
+/// Every weight must be there and of its shape before memory is taken for what config.json claims.
+void require_weights(const TensorFiles& files, const ModelConfig& c) {
+  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  files.find("model.embed_tokens.weight", {c.vocab, c.hidden});
+  if (!c.tied_embeddings) files.find("lm_head.weight", {c.vocab, c.hidden});
+  files.find("model.norm.weight", {c.hidden});
+  for (std::int64_t i = 0; i < c.layers; ++i) {
+    const std::string at = "model.layers." + std::to_string(i) + ".";
+    files.find(at + "self_attn.q_proj.weight", {q, c.hidden});
+    for (const char* name : {"self_attn.k_proj.weight", "self_attn.v_proj.weight"})
+      files.find(at + name, {kv, c.hidden});
+    files.find(at + "self_attn.o_proj.weight", {c.hidden, q});
+    for (const char* name : {"mlp.gate_proj.weight", "mlp.up_proj.weight"})
+      files.find(at + name, {c.ffn, c.hidden});
+    files.find(at + "mlp.down_proj.weight", {c.hidden, c.ffn});
+    for (const char* name : {"input_layernorm.weight", "post_attention_layernorm.weight"})
+      files.find(at + name, {c.hidden});
+  }
 }
 
 /// Uniform numbers of variance 1 / columns, one block repeated: a shape is for speed and memory,
@@ -115,6 +150,7 @@ std::unique_ptr<Model> Model::load(Backend& ops, const std::string& source) {
   const ModelConfig c = config_of(source);
   if (source.starts_with(kShapePrefix)) return random_weights(ops, c);
   const TensorFiles files = TensorFiles::open(source);
+  require_weights(files, c);
   return filled(ops, c, fill_from_files(ops, files));
 }
 

@@ -22,13 +22,13 @@ class Keys {
     require(has(key), "{}: \"{}\" is missing", file_, key);
     const Json& v = json_[key];
     require(v.is_number_integer(), "{}: \"{}\": expected a whole number, found {}", file_, key,
-            v.dump());
+            shown(v));
     const auto n = v.is_number_unsigned() &&
                            v.get<std::uint64_t>() >
                                static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
                        ? std::numeric_limits<std::int64_t>::max()
                        : v.get<std::int64_t>();
-    require(n >= low && n <= high, "{}: \"{}\" is {}; expected {} to {}", file_, key, v.dump(), low,
+    require(n >= low && n <= high, "{}: \"{}\" is {}; expected {} to {}", file_, key, shown(v), low,
             high);
     return n;
   }
@@ -39,7 +39,7 @@ class Keys {
   double number_or(const char* key, double low, double high, double otherwise) const {
     if (!has(key)) return otherwise;
     const Json& v = json_[key];
-    require(v.is_number(), "{}: \"{}\": expected a number, found {}", file_, key, v.dump());
+    require(v.is_number(), "{}: \"{}\": expected a number, found {}", file_, key, shown(v));
     const auto d = v.get<double>();
     require(d >= low && d <= high, "{}: \"{}\" is {}; expected {} to {}", file_, key, d, low, high);
     return d;
@@ -47,13 +47,13 @@ class Keys {
   bool flag_or(const char* key, bool otherwise) const {
     if (!has(key)) return otherwise;
     require(json_[key].is_boolean(), "{}: \"{}\": expected true or false, found {}", file_, key,
-            json_[key].dump());
+            shown(json_[key]));
     return json_[key].get<bool>();
   }
   std::string text_or(const char* key, const std::string& otherwise) const {
     if (!has(key)) return otherwise;
     require(json_[key].is_string(), "{}: \"{}\": expected a string, found {}", file_, key,
-            json_[key].dump());
+            shown(json_[key]));
     return json_[key].get<std::string>();
   }
   const Json& at(const char* key) const { return json_[key]; }
@@ -64,29 +64,38 @@ class Keys {
   std::string file_;
 };
 
-constexpr std::int64_t kLarge = 1 << 24;
+// Far above every model there is, and small enough that no product of sizes overflows 64 bits.
+constexpr std::int64_t kMaxWidth = 1 << 18, kMaxVocab = 1 << 22, kMaxPositions = 1 << 20;
 
 Activation activation_of(const std::string& name, const std::string& file) {
   if (name == "silu" || name == "swish") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_new;
   if (name == "relu") return Activation::relu;
-  fail("{}: \"hidden_act\" is \"{}\"; expected silu, gelu, gelu_new or relu", file, name);
+  fail("{}: \"hidden_act\" is {}; expected \"silu\", \"gelu\", \"gelu_new\" or \"relu\"", file,
+       in_quotes(name));
 }
 
 void read_rope(const Json& json, const std::string& file, ModelConfig& c) {
   const Keys k(json, file);
   c.rope_theta = k.number_or("rope_theta", 1, 1e12, c.rope_theta);
+  require(k.number_or("partial_rotary_factor", 0, 1, 1) == 1,
+          "{}: \"partial_rotary_factor\": only 1 is supported", file);
   const std::string kind = k.text_or("rope_type", k.text_or("type", "default"));
   if (kind == "default") return;
   require(kind == "linear" || kind == "llama3",
-          "{}: rope scaling \"{}\" is not supported; expected none, linear or llama3", file, kind);
+          "{}: rope scaling {} is not supported; expected \"default\", \"linear\" or \"llama3\"",
+          file, in_quotes(kind));
   c.rope_scaling = kind == "linear" ? RopeScaling::linear : RopeScaling::llama3;
   require(k.has("factor"), "{}: rope scaling without \"factor\"", file);
   c.rope_factor = k.number_or("factor", 1e-3, 1e6, 1);
   c.rope_low_freq = k.number_or("low_freq_factor", 1e-3, 1e6, 1);
   c.rope_high_freq = k.number_or("high_freq_factor", 1e-3, 1e6, 4);
-  c.rope_original_positions = k.whole_or("original_max_position_embeddings", 1, kLarge, 8192);
+  require(c.rope_low_freq < c.rope_high_freq || kind == "linear",
+          "{}: \"low_freq_factor\" is {}; expected less than \"high_freq_factor\", {}", file,
+          c.rope_low_freq, c.rope_high_freq);
+  c.rope_original_positions =
+      k.whole_or("original_max_position_embeddings", 1, kMaxPositions, 8192);
 }
 
 std::vector<std::int32_t> token_ids(const Keys& k, const char* key, std::int64_t vocab) {
@@ -95,7 +104,7 @@ std::vector<std::int32_t> token_ids(const Keys& k, const char* key, std::int64_t
   const Json list = k.at(key).is_array() ? k.at(key) : Json::array({k.at(key)});
   for (const Json& v : list) {
     require(v.is_number_integer() && v.get<std::int64_t>() >= 0 && v.get<std::int64_t>() < vocab,
-            "{}: \"{}\": expected token ids under {}, found {}", k.file(), key, vocab, v.dump());
+            "{}: \"{}\": expected token ids under {}, found {}", k.file(), key, vocab, shown(v));
     ids.push_back(v.get<std::int32_t>());
   }
   return ids;
@@ -109,9 +118,11 @@ std::int64_t ModelConfig::parameters() const {
   return layers * layer + vocab * hidden * (tied_embeddings ? 1 : 2) + hidden;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& path) {
-  const std::string file = path.string();
-  const Json json = read_json(path, 1 << 20);
+ModelConfig read_model_config(const std::filesystem::path& file) {
+  return parse_model_config(read_json(file, 1 << 20), file.string());
+}
+
+ModelConfig parse_model_config(const Json& json, const std::string& file) {
   require(json.is_object(), "{}: expected an object", file);
   const Keys k(json, file);
   ModelConfig c;
@@ -120,14 +131,20 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
           "{}: \"architectures\": expected a list with one name", file);
   c.architecture = k.at("architectures")[0].get<std::string>();
   require(c.architecture == "LlamaForCausalLM",
-          "{}: architecture {} is not supported; expected LlamaForCausalLM", file, c.architecture);
+          "{}: architecture {} is not supported; expected \"LlamaForCausalLM\"", file,
+          in_quotes(c.architecture));
+  require(
+      !k.has("quantization_config"),
+      "{}: \"quantization_config\": quantized weights are not supported; expected a model stored "
+      "as F32, F16 or BF16",
+      file);
   for (const char* bias : {"attention_bias", "mlp_bias"})
     require(!k.flag_or(bias, false),
             "{}: \"{}\": true is not supported; Llama's own projections have no bias", file, bias);
-  c.hidden = k.whole("hidden_size", 1, kLarge);
-  c.layers = k.whole("num_hidden_layers", 1, 4095);
-  c.ffn = k.whole("intermediate_size", 1, kLarge);
-  c.vocab = k.whole("vocab_size", 1, kLarge);
+  c.hidden = k.whole("hidden_size", 1, kMaxWidth);
+  c.layers = k.whole("num_hidden_layers", 1, 1024);
+  c.ffn = k.whole("intermediate_size", 1, kMaxWidth);
+  c.vocab = k.whole("vocab_size", 1, kMaxVocab);
   c.heads = k.whole("num_attention_heads", 1, 4096);
   c.kv_heads = k.whole_or("num_key_value_heads", 1, 4096, c.heads);
   require(c.heads % c.kv_heads == 0, "{}: {} attention heads do not divide over {} key/value heads",
@@ -138,12 +155,13 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
   c.head_dim = k.whole_or("head_dim", 2, 1024, c.hidden / c.heads);
   require(c.head_dim % 2 == 0, "{}: \"head_dim\" is {}; rotary embedding needs an even one", file,
           c.head_dim);
-  c.max_positions = k.whole_or("max_position_embeddings", 1, 1 << 20, 2048);
+  c.max_positions = k.whole_or("max_position_embeddings", 1, kMaxPositions, 2048);
   c.rms_eps = k.number_or("rms_norm_eps", 1e-12, 1e-1, 1e-6);
   c.rope_theta = k.number_or("rope_theta", 1, 1e12, 10000);
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
     if (!k.has(key)) continue;
-    require(k.at(key).is_object(), "{}: \"{}\": expected an object or null", file, key);
+    require(k.at(key).is_object(), "{}: \"{}\": expected an object or null, found {}", file, key,
+            shown(k.at(key)));
     read_rope(k.at(key), file, c);
   }
   c.activation = activation_of(k.text_or("hidden_act", "silu"), file);

@@ -6,6 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include <nlohmann/json_fwd.hpp>
+
 #include "kernels/backend.h"
 
 namespace mixlora {
@@ -37,6 +39,8 @@ struct ModelConfig {
 /// Reads and checks config.json; throws InputError naming the file, the key and what would be
 /// right.
 ModelConfig read_model_config(const std::filesystem::path& file);
+/// What stands in a config.json; `file` is what errors call it.
+ModelConfig parse_model_config(const nlohmann::json& json, const std::string& file);
 /// "llama-2-7b", "llama-2-13b", "llama-3-8b", "smollm2-135m": the shape alone. Throws InputError
 /// with the known names.
 ModelConfig shape_config(std::string_view name);

@@ -37,17 +37,17 @@ void read_field(const Json& j, Targets& out, const std::string& path) {
   }
   require(j.is_array() || j.is_object(),
           "{}: expected \"all-linear\", a list of projections or {{name: true}}, found {}", path,
-          j.dump());
+          shown(j));
   out.fill(false);
   if (j.is_array()) {
     for (const Json& v : j) {
-      require(v.is_string(), "{}: expected names of projections, found {}", path, v.dump());
+      require(v.is_string(), "{}: expected names of projections, found {}", path, shown(v));
       out.at(projection(v.get<std::string>(), path)) = true;
     }
     return;
   }
   for (const auto& [name, on] : j.items()) {
-    require(on.is_boolean(), "{}.{}: expected true or false, found {}", path, name, on.dump());
+    require(on.is_boolean(), "{}.{}: expected true or false, found {}", path, name, shown(on));
     out.at(projection(name, path)) = on.get<bool>();
   }
 }

@@ -37,7 +37,7 @@ const Json& list_of(const Json& j, const char* key, const std::string& where) {
 bool flag_of(const Json& j, const char* key, bool otherwise, const std::string& where) {
   if (!j.contains(key) || j[key].is_null()) return otherwise;
   require(j[key].is_boolean(), "{}: \"{}\": expected true or false, found {}", where, key,
-          j[key].dump());
+          shown(j[key]));
   return j[key].get<bool>();
 }
 
@@ -119,7 +119,7 @@ Tokenizer::Impl::Impl(const Json& json, std::string name) : file(std::move(name)
 void Tokenizer::Impl::read_added(const Json& added) {
   for (const Json& t : added) {
     const auto content = t["content"].get<std::string>();
-    const std::string where = fmt::format("{}: added_tokens: \"{}\"", file, content);
+    const std::string where = fmt::format("{}: added_tokens: {}", file, in_quotes(content));
     for (const char* key : {"single_word", "lstrip", "rstrip"})
       require(!flag_of(t, key, false, where), "{}: \"{}\" true is not supported; expected false",
               where, key);
@@ -148,15 +148,15 @@ void Tokenizer::Impl::read_normalizer(const Json& n) {
             "{}: only Replace of \" \" by U+2581 is supported", where);
     replace = true;
   } else {
-    fail("{}: type \"{}\" is not supported; expected Prepend and Replace as Llama-2 has, or null",
-         where, type);
+    fail("{}: type {} is not supported; expected Prepend and Replace as Llama-2 has, or null",
+         where, in_quotes(type));
   }
 }
 
 void Tokenizer::Impl::read_pre_tokenizer(const Json& p) {
   if (p.is_null()) return;
   const std::string where = file + ": pre_tokenizer", type = text_of(p, "type", where);
-  require(!byte_level, "{}: {} after ByteLevel; expected ByteLevel last", where, type);
+  require(!byte_level, "{}: {} after ByteLevel; expected ByteLevel last", where, in_quotes(type));
   if (type == "Sequence") {
     for (const Json& part : list_of(p, "pretokenizers", where)) read_pre_tokenizer(part);
   } else if (type == "Digits") {
@@ -173,15 +173,15 @@ void Tokenizer::Impl::read_pre_tokenizer(const Json& p) {
   } else if (type == "Metaspace") {
     read_metaspace(p, where);
   } else {
-    fail("{}: type \"{}\" is not supported; expected ByteLevel, Digits, Split or Metaspace", where,
-         type);
+    fail("{}: type {} is not supported; expected ByteLevel, Digits, Split or Metaspace", where,
+         in_quotes(type));
   }
 }
 
 void Tokenizer::Impl::read_split(const Json& p, const std::string& where) {
   const Json pattern = p.value("pattern", Json());
   require(pattern == Json{{"Regex", kLlama3Pattern}},
-          "{}: Split by {} is not supported; expected Llama-3's pattern", where, pattern.dump());
+          "{}: Split by {} is not supported; expected Llama-3's pattern", where, shown(pattern));
   require(p.value("behavior", Json()) == "Isolated" && !flag_of(p, "invert", false, where),
           "{}: Split: expected behavior \"Isolated\" and invert false", where);
   splits.push_back(Split::llama3);
@@ -196,7 +196,8 @@ void Tokenizer::Impl::read_metaspace(const Json& p, const std::string& where) {
                              : flag_of(p, "add_prefix_space", true, where) ? "always"
                                                                            : "never";
   require(scheme == "always" || scheme == "first" || scheme == "never",
-          "{}: prepend_scheme \"{}\"; expected always, first or never", where, scheme);
+          "{}: prepend_scheme {}; expected \"always\", \"first\" or \"never\"", where,
+          in_quotes(scheme));
   metaspace = scheme == "always"  ? Metaspace::always
               : scheme == "first" ? Metaspace::first
                                   : Metaspace::never;
@@ -216,17 +217,17 @@ void Tokenizer::Impl::read_post_processor(const Json& p) {
         continue;
       }
       require(part.is_object() && part.contains("SpecialToken"),
-              "{}: expected SpecialToken or Sequence, found {}", where, part.dump());
+              "{}: expected SpecialToken or Sequence, found {}", where, shown(part));
       const std::string token = text_of(part["SpecialToken"], "id", where);
-      require(bpe.id(token) >= 0, "{}: the special token \"{}\" is not in the vocabulary", where,
-              token);
+      require(bpe.id(token) >= 0, "{}: the special token {} is not in the vocabulary", where,
+              in_quotes(token));
       (before ? prefix : suffix).push_back(bpe.id(token));
     }
     require(!before, "{}: \"single\" has no Sequence: the text itself is missing", where);
   } else {
     require(type == "ByteLevel",
-            "{}: type \"{}\" is not supported; expected TemplateProcessing, ByteLevel or null",
-            where, type);
+            "{}: type {} is not supported; expected TemplateProcessing, ByteLevel or null", where,
+            in_quotes(type));
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <filesystem>
 #include <fstream>
+#include <list>
 
 #include <nlohmann/json.hpp>
 
@@ -64,22 +65,24 @@ inline void write_tiny_model(const std::filesystem::path& folder) {
               {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", Json::array()}}}};
 
   std::vector<WriteTensor> tensors;
+  std::list<std::vector<float>> kept;
   std::uint32_t n = 0;
   const auto add = [&](const std::string& name, std::vector<std::int64_t> shape,
                        bool norm = false) {
-    WriteTensor t{name, shape, {}};
     std::int64_t count = 1;
     for (const auto d : shape) count *= d;
     const RandomKey key = random_key(7, Purpose::test);
+    std::vector<float>& numbers = kept.emplace_back();
     for (std::int64_t i = 0; i < count; ++i)
-      t.numbers.push_back(
+      numbers.push_back(
           norm ? 1.0F
                : static_cast<float>(
                      philox(static_cast<std::uint32_t>(i), n, 0, 0, key.k0, key.k1).v[0]) /
                          4294967296.0F * 0.4F -
                      0.2F);
     ++n;
-    tensors.push_back(std::move(t));
+    tensors.push_back(
+        {name, std::move(shape), Tensor(numbers.data(), {count}, DType::f32, Device::cpu)});
   };
   add("model.embed_tokens.weight", {kVocab, kHidden});
   add("model.norm.weight", {kHidden}, true);
