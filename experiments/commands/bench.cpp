@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <functional>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -127,7 +128,8 @@ template <class F> double best_seconds(Backend& ops, int times, F&& f) {
 }
 
 Figures measure(Backend& ops, const Model& model, const Options& o, const TrainJob& job,
-                const std::vector<LabelRequest>& requests) {
+                const std::vector<LabelRequest>& requests,
+                const std::function<void(const char*)>& phase_done) {
   Figures f;
   std::unique_ptr<Adapter> adapter;
   if (job.adapter.method != Method::base) {
@@ -146,6 +148,7 @@ Figures measure(Backend& ops, const Model& model, const Options& o, const TrainJ
     f.planned = result.planned_bytes;
     f.measured = result.measured_bytes;
     adapter = std::move(result.adapters.front());
+    phase_done("training");
   }
   constexpr std::int64_t kTokens = 1024;
   Scorer scorer(ops, model, adapter.get(), kTokens);
@@ -154,6 +157,7 @@ Figures measure(Backend& ops, const Model& model, const Options& o, const TrainJ
   const auto start = Clock::now();
   scorer.labels(requests);
   f.score_tokens_per_s = static_cast<double>(scorer.tokens() - before) / seconds_since(start);
+  phase_done("scoring");
   return f;
 }
 
@@ -176,10 +180,10 @@ std::string mib(std::size_t bytes) {
   return bytes == 0 ? "-" : fmt::format("{:.1f}", static_cast<double>(bytes) / 1048576.0);
 }
 
-Table op_table(const std::string& method, const TimedBackend& timed) {
+Table op_table(const std::string& what, const TimedBackend& timed) {
   Table t{"ops",
-          "Time by operation: " + method,
-          "Training and scoring together.",
+          "Time by operation: " + what,
+          "Every call waited for.",
           {"operation", "calls", "ms", "share %"},
           {}};
   double total = 0;
@@ -251,9 +255,11 @@ int bench(const Options& o) {
       {}};
   double lora = 0;
   for (const auto& method : o.methods) {
-    timed.reset();
     job.adapter = adapter_of(method, o.rank);
-    const Figures f = measure(ops, *model, o, job, requests);
+    const Figures f = measure(ops, *model, o, job, requests, [&](const char* phase) {
+      if (o.ops) fmt::print("{}\n", render(op_table(method + ", " + phase, timed), format));
+      timed.reset();
+    });
     if (method == "lora") lora = f.ms_per_token;
     const bool trained = job.adapter.method != Method::base;
     const auto cell = [&](double v, int digits) {
@@ -264,7 +270,6 @@ int bench(const Options& o) {
                       cell(100 * f.tokens_per_s / floor_rate, 0), mib(f.planned), mib(f.measured),
                       fmt::format("{:.0f}", f.score_tokens_per_s),
                       fmt::format("{:.0f}", 100 * f.score_tokens_per_s / forward_rate)});
-    if (o.ops) fmt::print("{}\n", render(op_table(method, timed), format));
   }
   fmt::print("{}", render(t, format));
   return kDone;

@@ -24,7 +24,7 @@ class CpuBackend final : public Backend {
   void synchronize() override {}
   std::size_t allocated_bytes() const override { return allocated_; }
   std::size_t peak_bytes() const override { return peak_; }
-  std::size_t workspace_bytes() const override { return 0; }
+  std::size_t workspace_bytes() const override;
   void zero(Tensor x) override;
   void copy(Tensor dst, ConstTensor src) override;
 
@@ -96,6 +96,12 @@ class CpuBackend final : public Backend {
  private:
   friend class CpuMemory;
   struct Products;  // oneDNN's primitives, in product.cpp
+  /// bf16 numbers of the rows that one frozen product reads at a time: 170 rows of logits.
+  static constexpr std::int64_t kBf16Room = std::int64_t{1} << 23;
+  void multiply_frozen(Tensor y, ConstTensor x, const FrozenMatrix& w, bool forward,
+                       bool accumulate);
+  float* gemm_room();
+  void* bf16_room();
   /// Working memory number `which`, grown on first use and kept: training allocates nothing after
   /// its first step.
   float* buffer(std::size_t which, std::size_t floats);
@@ -106,6 +112,7 @@ class CpuBackend final : public Backend {
   int threads_ = 0;
   std::size_t allocated_ = 0, peak_ = 0;
   std::unique_ptr<Products> products_;
+  std::unique_ptr<Memory> room_;  // workspace_bytes, taken at once
   std::vector<std::unique_ptr<Memory>> buffers_;
   std::vector<std::size_t> buffer_bytes_;
 };

@@ -161,8 +161,7 @@ void CpuBackend::mixture(Tensor out, Tensor z, const Mixture& m) {
       else
         axpy(out.row<float>(row), m.slots.weight.row<float>(row)[slot], h, f);
       if (!masked) return;
-      cpu::mask_row(dropped + i * f, d, m.ids.row<std::int32_t>(row), f);
-      multiply(dropped + i * f, h, f);
+      cpu::masked_row(dropped + i * f, h, d, m.ids.row<std::int32_t>(row), f);
     });
     if (!down) continue;
     const ConstTensor a2 = m.weights.down_a.at(g.expert);
@@ -256,7 +255,7 @@ void CpuBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
       if (down && drop.active()) {
         thread_local std::vector<float> mask;
         mask.resize(static_cast<std::size_t>(f));
-        cpu::mask_row(mask.data(), drop, m.ids.row<std::int32_t>(row), f);
+        cpu::mask_row(mask.data(), drop, m.ids.row<std::int32_t>(row), 0, f);
         multiply(dh, mask.data(), f);
         multiply(h, mask.data(), f);
       }

@@ -108,6 +108,7 @@ CpuBackend::CpuBackend(Precision precision, int threads) : products_(std::make_u
   bf16_ = precision != Precision::fp32 && has_fast_bf16();
   threads_ = threads > 0 ? threads : omp_get_max_threads();
   omp_set_num_threads(threads_);
+  room_ = allocate(workspace_bytes());
 }
 CpuBackend::~CpuBackend() = default;
 
@@ -121,6 +122,13 @@ std::string CpuBackend::description() const {
   return "CPU, " + std::to_string(threads_) + " threads, products by " + library +
          (bf16_ ? " in bf16" : " in fp32");
 }
+
+std::size_t CpuBackend::workspace_bytes() const {
+  return cpu::kGemmRoom * sizeof(float) +
+         (bf16_ ? static_cast<std::size_t>(kBf16Room) * sizeof(std::uint16_t) : 0);
+}
+float* CpuBackend::gemm_room() { return static_cast<float*>(room_->data()); }
+void* CpuBackend::bf16_room() { return gemm_room() + cpu::kGemmRoom; }
 
 std::size_t CpuBackend::matrix_bytes(std::int64_t out, std::int64_t in) const {
   const auto numbers = static_cast<std::size_t>(out * in);
@@ -158,17 +166,10 @@ void CpuBackend::linear(Tensor y, ConstTensor x, const FrozenMatrix& w) {
   if (y.rows() == 0) return;
   if (!bf16_) {
     cpu::gemm(y.ptr<float>(), y.stride, {x.ptr<float>(), x.stride, false},
-              {matrix_rows(w).ptr<float>(), w.in, true}, y.rows(), w.out, w.in, 1, 0);
+              {matrix_rows(w).ptr<float>(), w.in, true}, y.rows(), w.out, w.in, 1, 0, gemm_room());
     return;
   }
-#ifdef MIXLORA_HAS_ONEDNN
-  auto* half = reinterpret_cast<std::uint16_t*>(
-      buffer(0, static_cast<std::size_t>((x.rows() * w.in + 1) / 2)));  // NOLINT
-  cpu::parallel_for(x.rows(),
-                    [&](std::int64_t i) { to_bf16(half + i * w.in, x.row<float>(i), w.in); });
-  if (!y.contiguous()) throw std::logic_error("linear: the output must be contiguous");
-  products_->run(static_cast<const Products::Packed*>(w.packed)->forward, y, half, w.in, false);
-#endif
+  multiply_frozen(y, x, w, true, false);
 }
 
 void CpuBackend::linear_backward(Tensor d_x, ConstTensor d_y, const FrozenMatrix& w,
@@ -179,17 +180,30 @@ void CpuBackend::linear_backward(Tensor d_x, ConstTensor d_y, const FrozenMatrix
   if (!bf16_) {
     cpu::gemm(d_x.ptr<float>(), d_x.stride, {d_y.ptr<float>(), d_y.stride, false},
               {matrix_rows(w).ptr<float>(), w.in, false}, d_x.rows(), w.in, w.out, 1,
-              accumulate ? 1.0F : 0.0F);
+              accumulate ? 1.0F : 0.0F, gemm_room());
     return;
   }
+  multiply_frozen(d_x, d_y, w, false, accumulate);
+}
+
+/// y = x times the packed matrix in bf16, in runs of rows whose bf16 copies fit the room for them.
+void CpuBackend::multiply_frozen(Tensor y, ConstTensor x, const FrozenMatrix& w, bool forward,
+                                 bool accumulate) {
 #ifdef MIXLORA_HAS_ONEDNN
-  auto* half = reinterpret_cast<std::uint16_t*>(
-      buffer(0, static_cast<std::size_t>((d_y.rows() * w.out + 1) / 2)));  // NOLINT
-  cpu::parallel_for(d_y.rows(),
-                    [&](std::int64_t i) { to_bf16(half + i * w.out, d_y.row<float>(i), w.out); });
-  if (!d_x.contiguous()) throw std::logic_error("linear_backward: the output must be contiguous");
-  products_->run(static_cast<const Products::Packed*>(w.packed)->backward, d_x, half, w.out,
-                 accumulate);
+  if (!y.contiguous()) throw std::logic_error("linear: the output must be contiguous");
+  const auto* packed = static_cast<const Products::Packed*>(w.packed);
+  auto* half = reinterpret_cast<std::uint16_t*>(bf16_room());  // NOLINT: raw memory
+  const std::int64_t inner = x.cols(),
+                     most = std::max<std::int64_t>(kBf16Room / inner / 16 * 16, 1);
+  for (std::int64_t from = 0; from < x.rows(); from += most) {
+    const std::int64_t rows = std::min(most, x.rows() - from);
+    cpu::parallel_for(
+        rows, [&](std::int64_t i) { to_bf16(half + i * inner, x.row<float>(from + i), inner); });
+    products_->run(forward ? packed->forward : packed->backward, y.row_range(from, from + rows),
+                   half, inner, accumulate);
+  }
+#else
+  (void)y, (void)x, (void)w, (void)forward, (void)accumulate;
 #endif
 }
 
@@ -216,7 +230,7 @@ void CpuBackend::gemm(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, 
                            std::to_string(inner) + ", " + std::to_string(n) + ") into (" +
                            std::to_string(c.rows()) + ", " + std::to_string(c.cols()) + ")");
   cpu::gemm(c.ptr<float>(), c.stride, {a.ptr<float>(), a.stride, transpose_a},
-            {b.ptr<float>(), b.stride, transpose_b}, m, n, k, alpha, beta);
+            {b.ptr<float>(), b.stride, transpose_b}, m, n, k, alpha, beta, gemm_room());
 }
 
 }  // namespace mixlora

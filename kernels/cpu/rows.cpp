@@ -20,6 +20,10 @@ MIXLORA_CLONES void add_to(float* y, const float* x, std::int64_t n) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
+MIXLORA_CLONES void add_rows(float* y, const float* a, const float* b, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) y[i] = a[i] + b[i];
+}
 MIXLORA_CLONES float dot(const float* a, const float* b, std::int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -42,16 +46,6 @@ MIXLORA_CLONES void normalise_backward(float* d_x, const float* d_y, const float
 MIXLORA_CLONES void times(float* y, const float* x, const float* s, std::int64_t n) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) y[i] = x[i] * s[i];
-}
-
-template <class F>
-void with_mask(const Dropout& d, RowIds ids, std::int64_t rows, std::int64_t columns, F&& f) {
-  parallel_for(rows, [&](std::int64_t i) {
-    thread_local std::vector<float> mask;
-    mask.resize(static_cast<std::size_t>(columns));
-    cpu::mask_row(mask.data(), d, ids.row<std::int32_t>(i), columns);
-    f(i, mask.data());
-  });
 }
 
 }  // namespace
@@ -106,22 +100,29 @@ void CpuBackend::rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, Co
 }
 void CpuBackend::add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta,
                              ConstTensor w, float eps) {
-  if (sum.data != x.data) copy(sum, x);
-  add(sum, delta);
-  rmsnorm(y, r, sum, w, eps);
+  expect_same("add_rmsnorm", "delta", delta, x);
+  parallel_for(x.rows(), [&](std::int64_t i) {
+    const std::int64_t n = x.cols();
+    float* to = sum.row<float>(i);
+    add_rows(to, x.row<float>(i), delta.row<float>(i), n);
+    const float mean = dot(to, to, n) / static_cast<float>(n);
+    const float inverse = 1.0F / std::sqrt(mean + eps);
+    r.ptr<float>()[i] = inverse;
+    normalise(y.row<float>(i), to, w.ptr<float>(), inverse, n);
+  });
 }
 
 void CpuBackend::dropout(Tensor y, ConstTensor x, const Dropout& d, RowIds ids) {
   expect_same("dropout", "x", x, y);
-  with_mask(d, ids, x.rows(), x.cols(), [&](std::int64_t i, const float* mask) {
-    times(y.row<float>(i), x.row<float>(i), mask, x.cols());
+  parallel_for(x.rows(), [&](std::int64_t i) {
+    cpu::masked_row(y.row<float>(i), x.row<float>(i), d, ids.row<std::int32_t>(i), x.cols());
   });
 }
 void CpuBackend::dropout_backward_add(Tensor d_x, ConstTensor d_y, const Dropout& d, RowIds ids) {
   expect_same("dropout_backward_add", "d_y", d_y, d_x);
-  with_mask(d, ids, d_x.rows(), d_x.cols(), [&](std::int64_t i, const float* mask) {
-    for (std::int64_t c = 0; c < d_x.cols(); ++c)
-      d_x.row<float>(i)[c] += mask[c] * d_y.row<float>(i)[c];
+  parallel_for(d_x.rows(), [&](std::int64_t i) {
+    cpu::add_masked_row(d_x.row<float>(i), d_y.row<float>(i), d, ids.row<std::int32_t>(i),
+                        d_x.cols());
   });
 }
 void CpuBackend::jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed,
