@@ -159,6 +159,7 @@ void convert_to_f32(std::span<float> out, std::span<const std::byte> bytes, File
   };
   if (type == FileType::other || bytes.size() != n * (type == FileType::f32 ? 4 : 2))
     throw std::logic_error("convert_to_f32: room of another size");
+  if (n == 0) return;
   if (type == FileType::f32) {
     std::memcpy(out.data(), bytes.data(), bytes.size());
   } else if (type == FileType::f16) {

@@ -7,13 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "engine/adapter.h"
 #include "engine/specs.h"
 
 namespace mixlora {
 
 class Model;
-struct ModelConfig;
-class Adapter;
 
 /// One training text. Tokens from `answer_begin` on are the answer (train_on "answer" learns only
 /// these).

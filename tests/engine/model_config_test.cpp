@@ -9,6 +9,7 @@
 
 #include "engine/json_file.h"
 #include "engine/model.h"
+#include "tests/experiments/folder.h"
 #include "tests/support/catch.h"
 #include "tests/support/refusal.h"
 
@@ -94,7 +95,8 @@ TEST_CASE("a bad config.json is refused with what and where", "[engine][hostile]
 
 TEST_CASE("a config.json that is not strict JSON is refused with line and column",
           "[engine][hostile]") {
-  const auto file = std::filesystem::temp_directory_path() / "mixlora_config_test.json";
+  const Folder folder;
+  const auto file = folder.path / "config.json";
   for (const auto& [text, message] : std::vector<std::pair<std::string, std::string>>{
            {"", "line 1, column 0"},
            {"{\n \"a\": }", "line 2, column 7"},
@@ -115,9 +117,8 @@ TEST_CASE("a config.json that is not strict JSON is refused with line and column
 
 TEST_CASE("sizes that the weights do not have are refused before memory is taken",
           "[engine][hostile]") {
-  const auto dir = std::filesystem::temp_directory_path() / "mixlora_config_test";
-  std::filesystem::remove_all(dir);
-  std::filesystem::create_directories(dir);
+  const Folder folder;
+  const auto& dir = folder.path;
   std::filesystem::copy(
       std::filesystem::path(MIXLORA_GOLDEN_DIR) / "tiny-llama" / "model.safetensors",
       dir / "model.safetensors");

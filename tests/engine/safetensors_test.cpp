@@ -13,19 +13,13 @@
 #include <sys/stat.h>
 
 #include "engine/json_file.h"
+#include "tests/experiments/folder.h"
 #include "tests/support/catch.h"
 #include "tests/support/refusal.h"
 
 using namespace mixlora;
 
 namespace {
-
-std::filesystem::path room(const std::string& name) {
-  auto p = std::filesystem::temp_directory_path() / ("mixlora_safetensors_test_" + name);
-  std::filesystem::remove_all(p);
-  std::filesystem::create_directories(p);
-  return p;
-}
 
 std::string file_of(const std::string& header, std::size_t data) {
   std::string bytes(8, '\0');
@@ -113,10 +107,13 @@ TEST_CASE("tensors may stand in any order, be empty, and be of types that lie un
   CHECK(files.size() == 3);
   CHECK(files.at("a").type == FileType::other);
   CHECK(files.at("e").bytes.empty());
+  for (const FileType type : {FileType::f32, FileType::f16, FileType::bf16})
+    CHECK_NOTHROW(convert_to_f32({}, {}, type));
 }
 
 TEST_CASE("a bad model directory is refused with what and where", "[engine][hostile]") {
-  const auto dir = room("index");
+  const Folder folder;
+  const auto& dir = folder.path;
   const auto open = [&] { TensorFiles::open(dir); };
   const auto index = [&](const std::string& text) {
     std::ofstream(dir / "model.safetensors.index.json") << text;
@@ -192,7 +189,8 @@ TEST_CASE("half and bfloat16 become the float32 they stand for", "[engine][safet
 
 TEST_CASE("a written file is read back; a full disk leaves what was there",
           "[engine][safetensors]") {
-  const auto dir = room("write");
+  const Folder folder;
+  const auto& dir = folder.path;
   const auto file = dir / "x.safetensors";
   std::vector<float> numbers(600'000);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i);
