@@ -1,0 +1,128 @@
+// What every kernel of this folder stands on: launches, numbers of two types, sums of fixed order.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include <cuda_bf16.h>
+
+#include "kernels/cuda/handles.h"
+#include "kernels/tensor.h"
+
+namespace mixlora::cuda {
+
+using Index = std::int64_t;
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffU;
+
+template <class T> constexpr __host__ __device__ T ceil_div(T a, T b) { return (a + b - 1) / b; }
+
+/// Bf16 is the host's name of the same bits.
+template <class T> struct DeviceOf { using type = T; };
+template <> struct DeviceOf<Bf16> { using type = __nv_bfloat16; };
+
+/// A view's data under the device's type; throws std::logic_error when the view holds another.
+template <class T> const T* data(const ConstTensor& t) {
+  using Host = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Bf16, T>;
+  return reinterpret_cast<const T*>(t.ptr<Host>());
+}
+template <class T> T* data(const Tensor& t) {
+  using Host = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Bf16, T>;
+  return reinterpret_cast<T*>(t.ptr<Host>());
+}
+
+/// Calls f(T{}) with the device's type of `type`, f32 or bf16.
+template <class F> void with_type(DType type, F&& f) {
+  if (type == DType::f32)
+    std::forward<F>(f)(float{});
+  else if (type == DType::bf16)
+    std::forward<F>(f)(__nv_bfloat16{});
+  else
+    throw std::logic_error("cuda: a tensor of integers where numbers are wanted");
+}
+
+/// Says that a kernel's launch failed, where it was launched.
+inline void launched(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ T from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+/// Eight neighbouring numbers: one 16-byte access of bf16, two of f32. The address is aligned to
+/// 8 elements.
+struct Eight {
+  float v[8];
+};
+__device__ inline Eight load8(const float* p) {
+  const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+__device__ inline Eight load8(const __nv_bfloat16* p) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
+  Eight e;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    e.v[2 * i] = __uint_as_float(word[i] << 16);
+    e.v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000U);
+  }
+  return e;
+}
+__device__ inline void store8(float* p, const Eight& e) {
+  *reinterpret_cast<float4*>(p) = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+  *reinterpret_cast<float4*>(p + 4) = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+}
+/// Two floats as two bf16, the first in the low half.
+__device__ inline unsigned pack2(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+__device__ inline void store8(__nv_bfloat16* p, const Eight& e) {
+  *reinterpret_cast<uint4*>(p) = make_uint4(pack2(e.v[0], e.v[1]), pack2(e.v[2], e.v[3]),
+                                            pack2(e.v[4], e.v[5]), pack2(e.v[6], e.v[7]));
+}
+
+/// Sums over a warp; every lane gets the result. The order is fixed.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+}
+/// Sums over a block of whole warps (at most 32); every thread gets the result. `shared` has 32
+/// floats and may be used again after the next __syncthreads().
+__device__ inline float block_sum(float x, float* shared) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  x = warp_sum(x);
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? shared[lane] : 0.0F);
+}
+__device__ inline float block_max(float x, float* shared) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  x = warp_max(x);
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  return warp_max(shared[lane < warps ? lane : 0]);
+}
+
+/// True when every row of the view starts at a multiple of eight elements and has a multiple of
+/// eight columns: load8 and store8 may walk it.
+template <class View> bool by_eights(const View& t) {
+  return t.cols() % 8 == 0 && (t.stride % 8 == 0 || t.rows() <= 1) &&
+         reinterpret_cast<std::uintptr_t>(t.data) % (8 * size_of(t.dtype)) == 0;
+}
+
+}  // namespace mixlora::cuda
