@@ -1,0 +1,199 @@
+// RMSNorm: one block a row, the row in registers between its sum and its use.
+#include "kernels/cuda/chunks.cuh"
+#include "kernels/cuda/cuda_backend.h"
+
+namespace mixlora {
+namespace {
+
+using cuda::Eight;
+using cuda::Index;
+using cuda::kChunk;
+using cuda::Rows;
+
+constexpr int kKept = 2;    // chunks of a row that a thread keeps; wider rows are read twice
+constexpr int kMost = 512;  // threads of a block: 128 registers each
+
+/// [sum = x + delta,] y = sum r w: a row read (two with delta), one written (two). Each block walks
+/// rows and holds its columns of w.
+template <bool Aligned, bool Add, class T>
+__global__ void __launch_bounds__(kMost)
+    rmsnorm_kernel(Rows<T> y, float* r, Rows<const T> x, Rows<const T> delta, Rows<T> sum,
+                   const float* w, Index rows, Index cols, float eps) {
+  __shared__ float shared[2][cuda::kWarp];
+  const Index first = static_cast<Index>(threadIdx.x) * kChunk,
+              step = static_cast<Index>(blockDim.x) * kChunk;
+  const auto count = [&](Index col) { return cuda::chunk_at(col, cols); };
+  Eight weight[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    if (const Index col = first + i * step; col < cols)
+      weight[i] = cuda::take<Aligned>(w + col, count(col));
+  int turn = 0;
+  for (Index row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    float squares = 0;
+    const auto read = [&](Index col) {
+      Eight e = cuda::take<Aligned>(x.at(row, col), count(col));
+      if (Add) {
+        const Eight d = cuda::take<Aligned>(delta.at(row, col), count(col));
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)  // as it is stored, so that rmsnorm(sum) gives the same y
+          e.v[j] = cuda::to_float(cuda::from_float<T>(e.v[j] + d.v[j]));
+        cuda::put<Aligned>(sum.at(row, col), e, count(col));
+      }
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) squares += e.v[j] * e.v[j];
+      return e;
+    };
+    Eight own[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (const Index col = first + i * step; col < cols) own[i] = read(col);
+    for (Index col = first + kKept * step; col < cols; col += step) read(col);
+
+    const float mean = cuda::block_sum(squares, shared[turn]) / static_cast<float>(cols);
+    const float inverse = 1.0F / sqrtf(mean + eps);
+    if (threadIdx.x == 0) r[row] = inverse;
+    const auto write = [&](Index col, Eight e, const Eight& scale) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) e.v[j] *= inverse * scale.v[j];
+      cuda::put<Aligned>(y.at(row, col), e, count(col));
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (const Index col = first + i * step; col < cols) write(col, own[i], weight[i]);
+    for (Index col = first + kKept * step; col < cols; col += step)
+      write(col, cuda::take<Aligned>(Add ? sum.at(row, col) : x.at(row, col), count(col)),
+            cuda::take<Aligned>(w + col, count(col)));
+  }
+}
+
+/// d_x += r w d_y - x r^3 mean(x w d_y): three rows read, one written.
+template <bool Aligned, class T>
+__global__ void __launch_bounds__(kMost)
+    rmsnorm_backward_kernel(Rows<T> d_x, Rows<const T> d_y, Rows<const T> x, const float* w,
+                            const float* r, Index rows, Index cols) {
+  __shared__ float shared[2][cuda::kWarp];
+  const Index first = static_cast<Index>(threadIdx.x) * kChunk,
+              step = static_cast<Index>(blockDim.x) * kChunk;
+  const auto count = [&](Index col) { return cuda::chunk_at(col, cols); };
+  Eight weight[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    if (const Index col = first + i * step; col < cols)
+      weight[i] = cuda::take<Aligned>(w + col, count(col));
+  int turn = 0;
+  for (Index row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    const auto weighted = [&](Index col, const Eight& scale) {
+      Eight g = cuda::take<Aligned>(d_y.at(row, col), count(col));
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) g.v[j] *= scale.v[j];
+      return g;
+    };
+    const auto dot = [](const Eight& a, const Eight& b) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) sum += a.v[j] * b.v[j];
+      return sum;
+    };
+    Eight own[kKept], g[kKept], old[kKept];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (const Index col = first + i * step; col < cols) {
+        own[i] = cuda::take<Aligned>(x.at(row, col), count(col));
+        old[i] = cuda::take<Aligned>(d_x.at(row, col), count(col));
+        g[i] = weighted(col, weight[i]);
+        sum += dot(own[i], g[i]);
+      }
+    for (Index col = first + kKept * step; col < cols; col += step)
+      sum += dot(cuda::take<Aligned>(x.at(row, col), count(col)),
+                 weighted(col, cuda::take<Aligned>(w + col, count(col))));
+
+    const float inverse = r[row];
+    const float k =
+        inverse * inverse * inverse * cuda::block_sum(sum, shared[turn]) / static_cast<float>(cols);
+    const auto write = [&](Index col, Eight to, const Eight& from, const Eight& slope) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) to.v[j] += inverse * slope.v[j] - from.v[j] * k;
+      cuda::put<Aligned>(d_x.at(row, col), to, count(col));
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (const Index col = first + i * step; col < cols) write(col, old[i], own[i], g[i]);
+    for (Index col = first + kKept * step; col < cols; col += step)
+      write(col, cuda::take<Aligned>(d_x.at(row, col), count(col)),
+            cuda::take<Aligned>(x.at(row, col), count(col)),
+            weighted(col, cuda::take<Aligned>(w + col, count(col))));
+  }
+}
+
+/// Threads for rows of `cols` numbers, and as many blocks as the device runs at once.
+struct Grid {
+  unsigned blocks, threads;
+};
+Grid grid_of(Index rows, Index cols, int processors) {
+  const Index threads = std::clamp<Index>(
+      cuda::ceil_div<Index>(cols, kKept * kChunk * cuda::kWarp) * cuda::kWarp, cuda::kWarp, kMost);
+  return {static_cast<unsigned>(std::min<Index>(rows, processors * (2048 / threads))),
+          static_cast<unsigned>(threads)};
+}
+
+template <bool Add>
+void norm(cudaStream_t stream, int processors, const char* op, Tensor sum, Tensor y, Tensor r,
+          ConstTensor x, ConstTensor delta, ConstTensor w, float eps) {
+  cuda::expect_same(y, x, op);
+  if (Add) {
+    cuda::expect_same(sum, x, op);
+    cuda::expect_same(delta, x, op);
+  }
+  cuda::expect(w.numel() == x.cols() && r.numel() == x.rows() && r.contiguous(), op);
+  if (x.numel() == 0) return;
+  const Grid g = grid_of(x.rows(), x.cols(), processors);
+  cuda::with_type(x.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto run = [&](auto kernel) {
+      kernel<<<g.blocks, g.threads, 0, stream>>>(
+          cuda::rows_of<T>(y), cuda::data<float>(r), cuda::rows_of<T>(x), cuda::rows_of<T>(delta),
+          cuda::rows_of<T>(sum), cuda::data<float>(w), x.rows(), x.cols(), eps);
+    };
+    if (cuda::aligned(y, x, delta, sum, w))
+      run(rmsnorm_kernel<true, Add, T>);
+    else
+      run(rmsnorm_kernel<false, Add, T>);
+  });
+  cuda::launched(op);
+}
+
+}  // namespace
+
+void CudaBackend::rmsnorm(Tensor y, Tensor r, ConstTensor x, ConstTensor w, float eps) {
+  norm<false>(stream_, processors_, "rmsnorm", {}, y, r, x, {}, w, eps);
+}
+void CudaBackend::add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta,
+                              ConstTensor w, float eps) {
+  norm<true>(stream_, processors_, "add_rmsnorm", sum, y, r, x, delta, w, eps);
+}
+void CudaBackend::rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, ConstTensor w,
+                                   ConstTensor r) {
+  cuda::expect_same(d_x, x, "rmsnorm_backward");
+  cuda::expect_same(d_y, x, "rmsnorm_backward");
+  cuda::expect(w.numel() == x.cols() && r.numel() == x.rows() && r.contiguous(),
+               "rmsnorm_backward");
+  if (x.numel() == 0) return;
+  const Grid g = grid_of(x.rows(), x.cols(), processors_);
+  cuda::with_type(x.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto run = [&](auto kernel) {
+      kernel<<<g.blocks, g.threads, 0, stream_>>>(cuda::rows_of<T>(d_x), cuda::rows_of<T>(d_y),
+                                                  cuda::rows_of<T>(x), cuda::data<float>(w),
+                                                  cuda::data<float>(r), x.rows(), x.cols());
+    };
+    if (cuda::aligned(d_x, d_y, x, w))
+      run(rmsnorm_backward_kernel<true, T>);
+    else
+      run(rmsnorm_backward_kernel<false, T>);
+  });
+  cuda::launched("rmsnorm_backward");
+}
+
+}  // namespace mixlora
