@@ -85,19 +85,26 @@ void require_weights(const TensorFiles& files, const ModelConfig& c) {
 /// not for meaning.
 Fill fill_random(Backend& ops) {
   return [&ops](Tensor rows, const std::string& name) {
+    if (rows.shape.rank == 1) {
+      upload_numbers(ops, rows, std::vector<float>(static_cast<std::size_t>(rows.numel()), 1.0F));
+      return;
+    }
     const RandomKey key = random_key(std::hash<std::string>{}(name), Purpose::init);
-    const auto n = static_cast<std::size_t>(rows.numel());
-    const std::size_t block = std::min<std::size_t>(n, std::size_t{1} << 20);
-    std::vector<float> numbers(n);
+    constexpr std::int64_t kBlock = std::int64_t{1} << 20;
+    const Tensor flat = rows.reshaped({1, rows.numel()});
+    std::vector<float> numbers(static_cast<std::size_t>(std::min(rows.numel(), kBlock)));
     const double width = 2 * std::sqrt(3.0 / static_cast<double>(rows.cols()));
-    for (std::size_t i = 0; i < block; i += 4) {
+    for (std::size_t i = 0; i < numbers.size(); i += 4) {
       const Philox4 bits = philox(static_cast<std::uint32_t>(i), 0, 0, 0, key.k0, key.k1);
-      for (std::size_t j = i; j < std::min(block, i + 4); ++j)
+      for (std::size_t j = i; j < std::min(numbers.size(), i + 4); ++j)
         numbers[j] = static_cast<float>((unit_open(bits.v[j - i]) - 0.5) * width);
     }
-    for (std::size_t i = block; i < n; ++i) numbers[i] = numbers[i - block];
-    if (rows.shape.rank == 1) std::fill(numbers.begin(), numbers.end(), 1.0F);
-    upload_numbers(ops, rows, numbers);
+    std::vector<Bf16> half;
+    if (rows.dtype == DType::bf16)
+      for (const float x : numbers) half.emplace_back(x);
+    const void* from = half.empty() ? static_cast<const void*>(numbers.data()) : half.data();
+    for (std::int64_t at = 0; at < rows.numel(); at += kBlock)
+      ops.upload(flat.col_range(at, std::min(rows.numel(), at + kBlock)), from);
   };
 }
 
