@@ -3,6 +3,7 @@
 #include <chrono>
 #include <fstream>
 #include <functional>
+#include <sstream>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -22,10 +23,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 struct Options {
-  std::string model = "models/smollm2-135m", task = "arc-e", device = "auto", precision = "auto",
-              recompute = "none", format = "terminal", batches;
+  std::string model = "models/smollm2-135m", tokenizer, task = "arc-e", shape, device = "auto",
+              precision = "auto", recompute = "none", format = "terminal", batches;
   std::vector<std::string> methods{"lora", "dora", "mixlora", "mixdora"};
-  std::int64_t steps = 8, batch_size = 16, rank = 16, rows = 128;
+  std::int64_t steps = 8, batch_size = 16, rank = 16, rows = 128, score_tokens = 1024;
   bool ops = false;
 };
 
@@ -52,16 +53,18 @@ AdapterSpec adapter_of(const std::string& method, std::int64_t rank) {
   return a;
 }
 
-/// The large products of the step that `batch` is, and nothing else: the floor of every method.
+/// The large products of a step and nothing else: the floor of a method. `down` is how often the
+/// down projection runs: once, or once a slot for MixDoRA.
 class ProductsOnly {
  public:
-  ProductsOnly(Backend& ops, const Model& model, std::int64_t rows, std::int64_t labels)
-      : ops_(ops), model_(model), rows_(rows), labels_(labels), arena_("products") {
+  ProductsOnly(Backend& ops, const Model& model, std::int64_t rows, std::int64_t labels,
+               std::int64_t down)
+      : ops_(ops), model_(model), rows_(rows), labels_(labels), down_(down), arena_("products") {
     const ModelConfig& c = model.config;
     const DType type = ops.activation_type();
     const std::int64_t widest = std::max({c.qkv_width(), 2 * c.ffn, c.hidden});
-    arena_.declare("x", x_, {rows, widest}, type);
-    arena_.declare("y", y_, {rows, widest}, type);
+    arena_.declare("x", x_, {down * rows, widest}, type);
+    arena_.declare("y", y_, {down * rows, widest}, type);
     arena_.declare("h", h_, {kChunk, c.hidden}, type);
     arena_.declare("logits", logits_, {kChunk, c.vocab}, type);
     arena_.commit(ops);
@@ -70,8 +73,8 @@ class ProductsOnly {
   double flops() const {
     double n = 0;
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
-      each(model_.layers[i], [&](const FrozenMatrix& w, bool first) {
-        n += static_cast<double>(w.out * w.in * rows_) * (i == 0 && first ? 2 : 4);
+      each(model_.layers[i], [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
+        n += static_cast<double>(w.out * w.in * rows) * (i == 0 && first ? 2 : 4);
       });
     return n + 4.0 * static_cast<double>(model_.config.vocab * model_.config.hidden * labels_);
   }
@@ -88,43 +91,44 @@ class ProductsOnly {
 
  private:
   static constexpr std::int64_t kChunk = 640;
-  template <class F> static void each(const LayerWeights& l, F&& f) {
-    f(l.qkv, true);
-    f(l.o, false);
-    f(l.gate_up, false);
-    f(l.down, false);
+  template <class F> void each(const LayerWeights& l, F&& f) const {
+    f(l.qkv, rows_, true);
+    f(l.o, rows_, false);
+    f(l.gate_up, rows_, false);
+    f(l.down, down_ * rows_, false);
   }
-  Tensor narrow(Tensor t, std::int64_t columns) const {
-    t.shape = Shape{rows_, columns};
+  static Tensor narrow(Tensor t, std::int64_t rows, std::int64_t columns) {
+    t.shape = Shape{rows, columns};
     t.stride = columns;
     return t;
   }
   void all_layers(bool forward) {
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
-      each(model_.layers[i], [&](const FrozenMatrix& w, bool first) {
+      each(model_.layers[i], [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
         if (forward)
-          ops_.linear(narrow(y_, w.out), narrow(x_, w.in), w);
+          ops_.linear(narrow(y_, rows, w.out), narrow(x_, rows, w.in), w);
         else if (i > 0 || !first)
-          ops_.linear_backward(narrow(x_, w.in), narrow(y_, w.out), w, false);
+          ops_.linear_backward(narrow(x_, rows, w.in), narrow(y_, rows, w.out), w, false);
       });
   }
 
   Backend& ops_;
   const Model& model_;
-  std::int64_t rows_, labels_;
+  std::int64_t rows_, labels_, down_;
   Arena arena_;
   Tensor x_, y_, h_, logits_;
 };
 
-template <class F> double best_seconds(Backend& ops, int times, F&& f) {
-  double best = INFINITY;
-  for (int i = 0; i <= times; ++i) {
+/// Median seconds of `times` calls after a first one.
+template <class F> double median_seconds(Backend& ops, std::int64_t times, F&& f) {
+  std::vector<double> all;
+  for (std::int64_t i = 0; i <= times; ++i) {
     const auto start = Clock::now();
     f();
     ops.synchronize();
-    if (i > 0) best = std::min(best, seconds_since(start));
+    if (i > 0) all.push_back(seconds_since(start));
   }
-  return best;
+  return median(all);
 }
 
 Figures measure(Backend& ops, const Model& model, const Options& o, const TrainJob& job,
@@ -150,9 +154,8 @@ Figures measure(Backend& ops, const Model& model, const Options& o, const TrainJ
     adapter = std::move(result.adapters.front());
     phase_done("training");
   }
-  constexpr std::int64_t kTokens = 1024;
-  Scorer scorer(ops, model, adapter.get(), kTokens);
-  scorer.labels(std::span(requests).first(std::min<std::size_t>(requests.size(), 16)));
+  Scorer scorer(ops, model, adapter.get(), o.score_tokens);
+  scorer.labels(requests);
   const std::int64_t before = scorer.tokens();
   const auto start = Clock::now();
   scorer.labels(requests);
@@ -198,6 +201,86 @@ Table op_table(const std::string& what, const TimedBackend& timed) {
   return t;
 }
 
+/// What is trained and scored.
+struct Workload {
+  std::string name;
+  TrainJob job;
+  std::vector<LabelRequest> requests;
+  double tokens = 0, labels = 0;  // of a mean step
+  std::int64_t steps = 0;
+};
+
+/// "8x512": so many sequences of so many random tokens a step.
+Workload random_workload(const Options& o, const ModelConfig& config) {
+  Workload w;
+  std::int64_t count = 0, length = 0;
+  char cross = 0;
+  std::istringstream text(o.shape);
+  text >> count >> cross >> length;
+  require(text && text.eof() && cross == 'x' && count > 0 && length > 1,
+          "bench: --shape \"{}\": expected SEQUENCESxTOKENS such as 8x512", o.shape);
+  w.name = o.shape + " random";
+  w.job.train.batch_size = count;
+  w.job.train.cutoff_len = length;
+  const RandomKey key = random_key(1, Purpose::test);
+  const auto draw = [&](std::int64_t i, std::int64_t j) {
+    return static_cast<std::int32_t>(
+        philox(static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(j), 0, 0, key.k0, key.k1)
+            .v[0] %
+        static_cast<std::uint32_t>(config.vocab));
+  };
+  for (std::int64_t i = 0; i < count; ++i) {
+    TrainItem item;
+    for (std::int64_t j = 0; j < length; ++j) item.tokens.push_back(draw(i, j));
+    w.job.items.push_back(std::move(item));
+  }
+  for (std::int64_t i = 0; i < std::max<std::int64_t>(o.rows, 1); ++i) {
+    LabelRequest r;
+    for (std::int64_t j = 0; j < length; ++j) r.prompt.push_back(draw(i, j));
+    for (std::int32_t label = 0; label < 4; ++label) r.labels.push_back(label);
+    w.requests.push_back(std::move(r));
+  }
+  return w;
+}
+
+/// A suite's own rows, by `tokenizer`; ids past a shape's vocabulary wrap around.
+Workload real_workload(const Options& o, const ModelConfig& config) {
+  Workload w;
+  const std::string source = o.tokenizer.empty() ? o.model : o.tokenizer;
+  const Tokenizer tokenizer(source);
+  TrialSpec trial;
+  trial.train.tasks = {o.task};
+  w.name = fmt::format("{} questions of {}", o.batch_size, o.task);
+  w.job.items = Texts(&tokenizer).training(trial);
+  w.job.train.batch_size = o.batch_size;
+  const Task& task = find_task(o.task);
+  Truncation cut;
+  for (const Row& row : load_split(task, false, o.rows).rows)
+    w.requests.push_back(label_request(task, row, tokenizer, w.job.train.cutoff_len, cut));
+  const auto wrap = [&](std::vector<std::int32_t>& ids) {
+    for (auto& id : ids) id %= static_cast<std::int32_t>(config.vocab);
+  };
+  for (TrainItem& item : w.job.items) wrap(item.tokens);
+  for (LabelRequest& r : w.requests) wrap(r.prompt), wrap(r.labels);
+  return w;
+}
+
+Workload workload(const Options& o, const ModelConfig& config) {
+  Workload w = o.shape.empty() ? real_workload(o, config) : random_workload(o, config);
+  w.job.train.max_steps = o.steps;
+  const SampleOrder order(w.job.train, w.job.items);
+  w.steps = order.steps();
+  for (std::int64_t s = 0; s < order.steps(); ++s)
+    for (const auto& micro : order.micro_batches(s))
+      for (auto i : micro) {
+        const TrainItem& item = w.job.items[static_cast<std::size_t>(i)];
+        w.tokens += static_cast<double>(item.tokens.size()) / static_cast<double>(w.steps);
+        w.labels += static_cast<double>(label_count(item, w.job.train.train_on)) /
+                    static_cast<double>(w.steps);
+      }
+  return w;
+}
+
 int bench(const Options& o) {
   RunSpec run;
   read(Json(o.device), run.device, "--device");
@@ -207,69 +290,48 @@ int bench(const Options& o) {
   Backend& ops = o.ops ? static_cast<Backend&>(timed) : *real;
   const Format format = o.format == "markdown" ? Format::markdown : Format::terminal;
   const auto model = Model::load(ops, o.model);
-  const Tokenizer tokenizer(o.model);
+  Workload work = workload(o, model->config);
+  if (!o.batches.empty()) write_batches(o.batches, work.job);
 
-  TrialSpec trial;
-  trial.train.tasks = {o.task};
-  trial.train.batch_size = o.batch_size;
-  trial.train.max_steps = o.steps;
-  TrainJob job{{}, trial.train, Texts(&tokenizer).training(trial)};
-  if (!o.batches.empty()) write_batches(o.batches, job);
-  const SampleOrder order(job.train, job.items);
-  double tokens = 0, labels = 0;
-  for (std::int64_t s = 0; s < order.steps(); ++s)
-    for (const auto& micro : order.micro_batches(s))
-      for (auto i : micro) {
-        const TrainItem& item = job.items[static_cast<std::size_t>(i)];
-        tokens += static_cast<double>(item.tokens.size());
-        labels += static_cast<double>(label_count(item, job.train.train_on));
-      }
-  const auto steps = static_cast<double>(order.steps());
-  const Task& task = find_task(o.task);
-  Truncation cut;
-  std::vector<LabelRequest> requests;
-  for (const Row& row : load_split(task, false, o.rows).rows)
-    requests.push_back(label_request(task, row, tokenizer, job.train.cutoff_len, cut));
-
-  double step_seconds = 0, forward_seconds = 0, step_flops = 0;
-  {
-    ProductsOnly products(*real, *model, std::llround(tokens / steps),
-                          std::llround(labels / steps));
-    step_seconds = best_seconds(*real, 2, [&] { products.step(); });
-    forward_seconds = best_seconds(*real, 2, [&] { products.forward(); });
-    step_flops = products.flops();
-  }
-  const double floor_rate = tokens / steps / step_seconds,
-               forward_rate = tokens / steps / forward_seconds;
-
-  Table t{
-      "bench",
-      fmt::format("{}, {} tokens of {} a step, on {}", o.model, std::llround(tokens / steps),
-                  o.task, ops.description()),
-      fmt::format("Products alone, the frozen matrices' forward and backward of the same step "
-                  "and nothing else: {:.0f} tokens/s training ({:.0f} GFLOP/s), {:.0f} scoring. "
-                  "Share: of that. Median of {} steps after the first.",
-                  floor_rate, step_flops / step_seconds * 1e-9, forward_rate, order.steps() - 1),
-      {"method", "tokens/s", "ms/token", "x LoRA", "share %", "planned MiB", "measured MiB",
-       "scoring tokens/s", "share %"},
-      {}};
+  Table t{"bench",
+          fmt::format("{}, {}, {:.0f} tokens a step, on {}", o.model, work.name, work.tokens,
+                      ops.description()),
+          fmt::format("Share: of the method's products alone, the frozen matrices' forward and "
+                      "backward of the same step and nothing else, timed just before it; TFLOP/s "
+                      "counts these products. Medians of {} steps after the first.",
+                      work.steps - 1),
+          {"method", "tokens/s", "ms/step", "x LoRA", "TFLOP/s", "products tokens/s", "share %",
+           "planned MiB", "measured MiB", "scoring tokens/s", "share %"},
+          {}};
   double lora = 0;
   for (const auto& method : o.methods) {
-    job.adapter = adapter_of(method, o.rank);
-    const Figures f = measure(ops, *model, o, job, requests, [&](const char* phase) {
+    work.job.adapter = adapter_of(method, o.rank);
+    const bool trained = work.job.adapter.method != Method::base;
+    double step_seconds = 0, forward_seconds = 0, flops = 0;
+    {
+      const bool apart = has_router(work.job.adapter) && ffn_dora(work.job.adapter);
+      ProductsOnly products(*real, *model, std::llround(work.tokens), std::llround(work.labels),
+                            apart ? router_of(work.job.adapter).slots : 1);
+      step_seconds = median_seconds(*real, o.steps - 1, [&] { products.step(); });
+      forward_seconds = median_seconds(*real, o.steps - 1, [&] { products.forward(); });
+      flops = products.flops();
+    }
+    const Figures f = measure(ops, *model, o, work.job, work.requests, [&](const char* phase) {
       if (o.ops) fmt::print("{}\n", render(op_table(method + ", " + phase, timed), format));
       timed.reset();
     });
+
+    const double ms = f.ms_per_token * work.tokens;
     if (method == "lora") lora = f.ms_per_token;
-    const bool trained = job.adapter.method != Method::base;
     const auto cell = [&](double v, int digits) {
       return trained ? fmt::format("{:.{}f}", v, digits) : std::string("-");
     };
-    t.rows.push_back({method, cell(f.tokens_per_s, 0), cell(f.ms_per_token, 3),
-                      lora > 0 ? cell(f.ms_per_token / lora, 2) : "-",
-                      cell(100 * f.tokens_per_s / floor_rate, 0), mib(f.planned), mib(f.measured),
-                      fmt::format("{:.0f}", f.score_tokens_per_s),
-                      fmt::format("{:.0f}", 100 * f.score_tokens_per_s / forward_rate)});
+    t.rows.push_back(
+        {method, cell(f.tokens_per_s, 0), cell(ms, 1),
+         lora > 0 ? cell(f.ms_per_token / lora, 3) : "-", cell(flops / ms * 1e-9, 2),
+         cell(work.tokens / step_seconds, 0), cell(1e5 * step_seconds / ms, 1), mib(f.planned),
+         mib(f.measured), fmt::format("{:.0f}", f.score_tokens_per_s),
+         fmt::format("{:.1f}", 100 * f.score_tokens_per_s * forward_seconds / work.tokens)});
   }
   fmt::print("{}", render(t, format));
   return kDone;
@@ -280,13 +342,17 @@ int bench(const Options& o) {
 void add_bench_command(CLI::App& app, int& exit_code) {
   const auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("bench", "time training steps and scoring of every method");
-  c->add_option("--model", o->model, "Hugging Face directory");
+  c->add_option("--model", o->model, "Hugging Face directory, or shape:llama-2-7b");
+  c->add_option("--tokenizer", o->tokenizer, "directory whose tokenizer reads the task; --model's");
+  c->add_option("--shape", o->shape, "random tokens instead of a task: 8x512, sequences by tokens");
   c->add_option("--task", o->task, "suite whose rows are trained and scored");
   c->add_option("--methods", o->methods, "base, lora, dora, mixlora, mixdora")->delimiter(',');
   c->add_option("--steps", o->steps, "training steps of each")->check(CLI::Range(2, 1000000));
   c->add_option("--batch-size", o->batch_size, "questions a step")->check(CLI::PositiveNumber);
   c->add_option("--rank", o->rank)->check(CLI::PositiveNumber);
   c->add_option("--rows", o->rows, "questions to score")->check(CLI::PositiveNumber);
+  c->add_option("--score-tokens", o->score_tokens, "tokens of one scoring pass")
+      ->check(CLI::PositiveNumber);
   c->add_option("--device", o->device)->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   c->add_option("--precision", o->precision)->check(CLI::IsMember({"auto", "fp32", "bf16"}));
   c->add_option("--recompute", o->recompute)->check(CLI::IsMember({"none", "gate-up", "layer"}));

@@ -1,0 +1,159 @@
+// The engine on CUDA: the CPU's losses in f32, the same bits twice, bf16 near f32.
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+
+#include <nlohmann/json.hpp>
+
+#include "engine/adapter.h"
+#include "engine/model.h"
+#include "engine/scorer.h"
+#include "engine/tokenizer.h"
+#include "engine/train.h"
+#include "tests/support/catch.h"
+
+using namespace mixlora;
+
+namespace {
+
+/// A shape that the tensor-core kernels take: heads of 64, widths by 32, ranks by 8.
+ModelConfig small() {
+  ModelConfig c;
+  c.hidden = 128;
+  c.layers = 2;
+  c.ffn = 224;
+  c.vocab = 96;
+  c.heads = 4;
+  c.kv_heads = 2;
+  c.head_dim = 64;
+  c.max_positions = 128;
+  c.tied_embeddings = false;
+  return c;
+}
+
+std::vector<TrainItem> random_items(int n, std::int64_t vocab) {
+  std::vector<TrainItem> items(static_cast<std::size_t>(n));
+  const RandomKey key = random_key(11, Purpose::test);
+  for (int i = 0; i < n; ++i) {
+    TrainItem& item = items[static_cast<std::size_t>(i)];
+    const auto at = static_cast<std::uint32_t>(i);
+    const auto length = 5 + static_cast<int>(philox(at, 0, 0, 1, key.k0, key.k1).v[0] % 90);
+    for (int j = 0; j < length; ++j)
+      item.tokens.push_back(static_cast<std::int32_t>(
+          philox(at, static_cast<std::uint32_t>(j), 0, 0, key.k0, key.k1).v[0] %
+          static_cast<std::uint32_t>(vocab)));
+    item.answer_begin = length / 2;
+  }
+  return items;
+}
+
+TrainJob job(const std::string& name) {
+  TrainJob j;
+  j.adapter.method = name == "lora"      ? Method::lora
+                     : name == "dora"    ? Method::dora
+                     : name == "mixdora" ? Method::mixdora
+                                         : Method::mixlora;
+  j.adapter.r = name == "rank 24" ? 24 : 16;
+  j.adapter.num_experts = 4;
+  if (name == "top-4") j.adapter.top_k = 4;
+  if (name == "top-p") j.adapter.routing_strategy = Routing::mixlora_dynamic;
+  if (name == "switch") {
+    j.adapter.routing_strategy = Routing::mixlora_switch;
+    j.adapter.expert_capacity = 8;
+  }
+  j.train.lr = 2e-3;
+  j.train.batch_size = 8;
+  j.train.max_steps = 20;
+  j.train.num_epochs = 20;
+  j.train.max_grad_norm = 1;
+  return j;
+}
+
+std::vector<double> losses(Backend& ops, const Model& model, const TrainJob& j,
+                           Recompute recompute = Recompute::none) {
+  std::vector<double> all;
+  TrainOptions options;
+  options.recompute = recompute;
+  TrainObserver observer;
+  observer.on_step = [&](const StepRecord& r) { all.push_back(r.loss + r.aux_loss); };
+  (void)train(ops, model, {j}, options, observer);
+  return all;
+}
+/// Largest |x - y| / |y|.
+double apart(const std::vector<double>& x, const std::vector<double>& y) {
+  double most = x.size() == y.size() && !x.empty() ? 0 : INFINITY;
+  for (std::size_t i = 0; i < std::min(x.size(), y.size()); ++i)
+    most = std::max(most, std::abs(x[i] - y[i]) / std::abs(y[i]));
+  return most;
+}
+
+bool no_cuda() {
+  const auto reason = cuda_unavailable_reason();
+  if (!reason.empty()) std::cout << "skipped: " << reason << '\n';
+  return !reason.empty();
+}
+
+}  // namespace
+
+TEST_CASE("CUDA trains as the CPU does", "[engine][cuda]") {
+  if (no_cuda()) return;
+  const auto cpu = make_cpu_backend(Precision::fp32), wide = make_cuda_backend(Precision::fp32),
+             half = make_cuda_backend(Precision::bf16);
+  for (const char* name :
+       {"lora", "dora", "mixlora", "mixdora", "top-4", "top-p", "switch", "rank 24"}) {
+    TrainJob j = job(name);
+    j.items = random_items(64, small().vocab);
+    const auto expected = losses(*cpu, *Model::random_weights(*cpu, small()), j);
+    const auto in_f32 = losses(*wide, *Model::random_weights(*wide, small()), j);
+    const auto bf16_model = Model::random_weights(*half, small());
+    const auto in_bf16 = losses(*half, *bf16_model, j);
+    std::cout << name << ": f32 within " << apart(in_f32, expected) << ", bf16 within "
+              << apart(in_bf16, expected) << " of the CPU's losses\n";
+    INFO(name);
+    REQUIRE(expected.size() == 20);
+    CHECK(apart(in_f32, expected) < 1e-4);
+    // bf16 rounds weights and activations to 8 bits: 2^-9 each, a few of them behind one another.
+    CHECK(apart(in_bf16, expected) < 2e-2);
+    // The same bits twice, and under every recompute level.
+    CHECK(losses(*half, *bf16_model, j) == in_bf16);
+    CHECK(losses(*half, *bf16_model, j, Recompute::gate_up) == in_bf16);
+    CHECK(losses(*half, *bf16_model, j, Recompute::layer) == in_bf16);
+  }
+}
+
+TEST_CASE("SmolLM2-135M trains on CUDA as on the CPU", "[engine][cuda][slow]") {
+  const char* source = std::getenv("MIXLORA_MODEL");
+  if (no_cuda()) return;
+  if (source == nullptr) {
+    std::cout << "skipped: MIXLORA_MODEL names no model\n";
+    return;
+  }
+  const Tokenizer tokenizer(source);
+  std::vector<TrainItem> items;
+  std::ifstream rows(std::string(MIXLORA_SOURCE_DIR) +
+                     "/suites/starter/starter-question/train.jsonl");
+  for (std::string line; items.size() < 24 && std::getline(rows, line);) {
+    TrainItem item;
+    item.tokens = tokenizer.encode(nlohmann::json::parse(line).dump());
+    items.push_back(std::move(item));
+  }
+  REQUIRE(items.size() == 24);
+  const auto cpu = make_cpu_backend(Precision::fp32), wide = make_cuda_backend(Precision::fp32),
+             half = make_cuda_backend(Precision::bf16);
+  const auto on_cpu = Model::load(*cpu, source), in_f32 = Model::load(*wide, source),
+             in_bf16 = Model::load(*half, source);
+  for (const char* name : {"lora", "mixlora"}) {
+    TrainJob j = job(name);
+    j.train.lr = 2e-4;
+    j.train.batch_size = 2;
+    j.items = items;
+    const auto expected = losses(*cpu, *on_cpu, j);
+    const double f32 = apart(losses(*wide, *in_f32, j), expected),
+                 bf16 = apart(losses(*half, *in_bf16, j), expected);
+    std::cout << "SmolLM2-135M " << name << ": f32 within " << f32 << ", bf16 within " << bf16
+              << " of the CPU's losses over " << expected.size() << " steps\n";
+    CHECK(f32 < 1e-4);
+    CHECK(bf16 < 2e-2);
+  }
+}
