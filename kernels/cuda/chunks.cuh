@@ -81,12 +81,14 @@ void each_chunk(cudaStream_t stream, const char* op, Index rows, Index cols, boo
   launched(op);
 }
 
-/// How a sum over rows is cut, whatever the device: at most `most` ranges of `length` rows.
+/// How `sums` sums over rows are cut into ranges of `length` rows, whatever the device: at least 16
+/// rows a range, and about 8 MiB of partial sums, which stay in L2.
 struct Parts {
   Index count = 0, length = 0;
 };
-inline Parts parts_of(Index rows, Index shortest, Index most) {
-  const Index length = std::max(shortest, ceil_div(rows, most));
+inline Parts parts_of(Index rows, Index sums) {
+  const Index most = std::clamp<Index>((Index{2} << 20) / std::max<Index>(sums, 1), 16, 256);
+  const Index length = std::max<Index>(16, ceil_div(rows, most));
   return {ceil_div(rows, length), length};
 }
 
