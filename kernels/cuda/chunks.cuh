@@ -92,6 +92,14 @@ inline Parts parts_of(Index rows, Index sums) {
   return {ceil_div(rows, length), length};
 }
 
+/// Threads of a block that walks down rows, each with a chunk of columns of its own.
+inline unsigned column_threads(Index cols) {
+  unsigned threads = 128;
+  while (threads > kWarp && cols <= Index{threads} / 2 * kChunk) threads /= 2;
+  return threads;
+}
+constexpr int kTogether = 4;  // rows that such a thread loads before it uses the first
+
 /// out[i] += sum over parts of partial[part][i], always in the same order: warp w of a block takes
 /// parts w, w + 16, ... of 32 columns, then the warps' sums are added one after another.
 template <int kWarps>

@@ -8,6 +8,7 @@ namespace {
 using cuda::Eight;
 using cuda::Index;
 using cuda::kChunk;
+using cuda::kTogether;
 using cuda::Rows;
 
 /// The choice of `Slots` as kernels see it.
@@ -86,8 +87,6 @@ template <class T> struct Combine {
     cuda::put<Aligned>(y.at(row, col), sum, count);
   }
 };
-
-constexpr int kTogether = 4;  // rows whose loads are in flight at once
 
 /// d_core = w scale d_y, and the parts of two sums: over the columns of a warp for d_weight
 /// (warps of all columns, N K), over a range of rows for d_scale (ranges, E, D), the latter in
@@ -252,9 +251,8 @@ void CudaBackend::slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d
   const auto bytes = [&](unsigned threads) {
     return static_cast<std::size_t>(experts) * threads * kChunk * sizeof(float);
   };
-  unsigned threads = 128;
-  while (threads > cuda::kWarp && (bytes(threads) > kShared || cols <= threads / 2 * Index{kChunk}))
-    threads /= 2;
+  unsigned threads = cuda::column_threads(cols);
+  while (threads > cuda::kWarp && bytes(threads) > kShared) threads /= 2;
   const cuda::Parts parts = cuda::parts_of(rows, experts * cols);
   const dim3 blocks(static_cast<unsigned>(parts.count),
                     static_cast<unsigned>(cuda::ceil_div<Index>(cols, threads * kChunk)));
