@@ -68,12 +68,12 @@ template <bool Aligned, class F> __global__ void chunks_kernel(F f, Index rows, 
 template <class F>
 void each_chunk(cudaStream_t stream, const char* op, Index rows, Index cols, bool whole, F f) {
   if (rows == 0 || cols == 0) return;
-  const auto chunks = ceil_div<Index>(cols, kChunk);
-  const dim3 threads(static_cast<unsigned>(std::min<Index>(chunks, kMostThreads)),
-                     static_cast<unsigned>(std::max<Index>(1, kMostThreads / chunks)));
-  const dim3 blocks(
-      static_cast<unsigned>(ceil_div<Index>(rows, threads.y)),
-      static_cast<unsigned>(std::min<Index>(ceil_div<Index>(chunks, threads.x), 65535)));
+  const Index chunks = ceil_div<Index>(cols, kChunk), tiles = ceil_div<Index>(chunks, kMostThreads);
+  const Index across = tiles == 1 ? chunks : ceil_div(chunks, tiles * kWarp) * kWarp;
+  const dim3 threads(static_cast<unsigned>(across),
+                     static_cast<unsigned>(std::max<Index>(1, kMostThreads / across)));
+  const dim3 blocks(static_cast<unsigned>(ceil_div<Index>(rows, threads.y)),
+                    static_cast<unsigned>(std::min<Index>(tiles, 65535)));
   if (whole)
     chunks_kernel<true><<<blocks, threads, 0, stream>>>(f, rows, cols);
   else

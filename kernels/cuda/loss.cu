@@ -42,7 +42,7 @@ template <bool Aligned, class T> __device__ Softmax softmax_of(const T* x, Index
 
 /// One block a row: the row read twice (the second time mostly from L2) and written once.
 template <bool Aligned, class T>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 2)
     cross_entropy_kernel(float* loss, Rows<T> logits, const std::int32_t* target,
                          const float* weight, Index cols) {
   const Index row = blockIdx.x;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kLossThreads)
 
 /// One block a row: the row read once, and up to the target again where that is the largest.
 template <bool Aligned, class T>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 2)
     log_prob_kernel(float* log_prob, float* greedy, Rows<const T> logits,
                     const std::int32_t* target, Index cols) {
   const Index row = blockIdx.x;

@@ -47,11 +47,11 @@ void gather(cudaStream_t stream, const char* op, Tensor y, ConstTensor x, ConstT
   });
 }
 
-void add_rows(cudaStream_t stream, const char* op, Tensor y, ConstTensor x, Index rows, Index cols,
+void add_rows(cudaStream_t stream, const char* op, Tensor y, ConstTensor x,
               const std::int32_t* index) {
   cuda::with_type(y.dtype, [&](auto number) {
     using T = decltype(number);
-    cuda::each_chunk(stream, op, rows, cols, cuda::aligned(y, x),
+    cuda::each_chunk(stream, op, x.rows(), x.cols(), cuda::aligned(y, x),
                      AddRows<T>{cuda::rows_of<T>(y), cuda::rows_of<T>(x), index});
   });
 }
@@ -67,12 +67,14 @@ void CudaBackend::gather_rows(Tensor y, ConstTensor x, ConstTensor index) {
 void CudaBackend::scatter_add_rows(Tensor x, ConstTensor y, ConstTensor index) {
   cuda::expect(y.cols() == x.cols() && y.rows() == index.numel() && index.contiguous(),
                "scatter_add_rows");
-  add_rows(stream_, "scatter_add_rows", x, y, y.rows(), y.cols(), index.ptr<std::int32_t>());
+  add_rows(stream_, "scatter_add_rows", x, y, index.ptr<std::int32_t>());
 }
 void CudaBackend::add(Tensor y, ConstTensor x) {
   cuda::expect_same(y, x, "add");
-  const bool flat = y.contiguous() && x.contiguous();
-  add_rows(stream_, "add", y, x, flat ? 1 : y.rows(), flat ? y.numel() : y.cols(), nullptr);
+  if (y.contiguous() && x.contiguous())
+    add_rows(stream_, "add", y.reshaped({y.numel()}), x.reshaped({x.numel()}), nullptr);
+  else
+    add_rows(stream_, "add", y, x, nullptr);
 }
 
 }  // namespace mixlora
