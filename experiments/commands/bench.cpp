@@ -222,6 +222,7 @@ Workload random_workload(const Options& o, const ModelConfig& config) {
   w.name = o.shape + " random";
   w.job.train.batch_size = count;
   w.job.train.cutoff_len = length;
+  w.job.train.num_epochs = static_cast<double>(o.steps);
   const RandomKey key = random_key(1, Purpose::test);
   const auto draw = [&](std::int64_t i, std::int64_t j) {
     return static_cast<std::int32_t>(

@@ -20,7 +20,7 @@ inline void check(cudaError_t status, const char* what) {
 inline void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
     throw std::runtime_error(std::string("cuBLASLt: ") + what + ": " +
-                             cublasGetStatusString(status));
+                             cublasLtGetStatusString(status));
 }
 
 }  // namespace mixlora::cuda
