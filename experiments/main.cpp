@@ -24,6 +24,8 @@ int main(int argc, char** argv) {
   add_plan_command(app, exit_code);
   add_status_command(app, exit_code);
   add_report_command(app, exit_code);
+  add_compare_command(app, exit_code);
+  add_check_command(app, exit_code);
   add_prompts_command(app, exit_code);
   add_bench_command(app, exit_code);
   add_schema_command(app, exit_code);

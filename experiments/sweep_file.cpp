@@ -139,7 +139,12 @@ std::string label_text(const Json& value) {
 }
 
 const std::vector<std::string>& table_names() {
-  static const std::vector<std::string> kNames{"accuracy", "params", "efficiency", "expert-load"};
+  static const std::vector<std::string> kNames{
+      "warnings",           "accuracy",         "paired",        "seeds",
+      "intervals",          "single-task",      "multi-task",    "rank",
+      "router-coef",        "paper-efficiency", "grid",          "params",
+      "efficiency",         "accuracy-memory",  "accuracy-time", "expert-load",
+      "expert-load-layers", "learning-curves"};
   return kNames;
 }
 

@@ -45,16 +45,13 @@ std::string set_keys(Sweep& sweep, const Backend& ops) {
 
 void print_tables(Database& db, std::int64_t sweep, const std::vector<std::string>& names,
                   const std::string& directory) {
+  const Study study = read_study(db, sweep);
   for (const auto& name : names) {
-    const Table t = build_table(db, sweep, name);
-    if (t.rows.empty()) continue;
-    fmt::print("\n{}\n", render(t, Format::terminal));
-    if (directory.empty()) continue;
-    make_folder(directory);
-    for (const auto& [format, ending] :
-         {std::pair{Format::markdown, "md"}, {Format::csv, "csv"}, {Format::latex, "tex"}})
-      write_text(std::filesystem::path(directory) / fmt::format("{}.{}", name, ending),
-                 render(t, format));
+    const TableKind& kind = find_table_kind(name);
+    for (const Table& t : kind.build(study, {})) {
+      if (kind.brief) fmt::print("\n{}\n", render(t, Format::terminal));
+      if (!directory.empty()) write_table(t, directory);
+    }
   }
 }
 

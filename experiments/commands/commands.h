@@ -31,6 +31,8 @@ class Database;
 inline constexpr int kDone = 0, kFailed = 1, kBadInput = 2, kStopped = 130;
 
 void add_bench_command(CLI::App& app, int& exit_code);
+void add_check_command(CLI::App& app, int& exit_code);
+void add_compare_command(CLI::App& app, int& exit_code);
 void add_doctor_command(CLI::App& app, int& exit_code);
 void add_plan_command(CLI::App& app, int& exit_code);
 void add_prompts_command(CLI::App& app, int& exit_code);
