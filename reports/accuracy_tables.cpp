@@ -91,7 +91,7 @@ Table accuracy(const Study& study, const Variant& v, const ReportOptions& o) {
       if (const auto s = summarise(c, suite, v, o.certainty.confidence)) {
         row.cells.push_back(score_cell(s->level, s->interval));
         if (s->by_seed.size() < c.trials.size()) {
-          row.cells.back().text += "†";
+          row.cells.back() = Cell(row.cells.back().text + "†");  // not to be ranked
           incomplete = true;
         }
         present.push_back(*s);
@@ -101,8 +101,14 @@ Table accuracy(const Study& study, const Variant& v, const ReportOptions& o) {
         row.cells.emplace_back(state_of(c, suite));
       }
     }
-    if (suites.size() > 1)
-      row.cells.push_back(average_cell(present, suites.size(), o.certainty.confidence));
+    if (suites.size() > 1) {
+      Cell average = average_cell(present, suites.size(), o.certainty.confidence);
+      const bool seeds_missing = std::any_of(present.begin(), present.end(), [&](const Summary& s) {
+        return s.by_seed.size() < c.trials.size();
+      });
+      if (seeds_missing && average.value) average = Cell(average.text + "†");
+      row.cells.push_back(std::move(average));
+    }
     incomplete = incomplete || row.cells.back().text.ends_with("†");
     (row.kind == RowKind::own ? own : t.rows).push_back(row);
   }

@@ -87,8 +87,9 @@ Json plane(const Chart& c) {
   Json lines = Json::array(), marks = Json::array(), legend = Json::array();
   for (std::size_t i = 0; i < c.series.size(); ++i) {
     const Series& s = c.series[i];
-    const int colour = static_cast<int>(i) % kColours + 1;
-    const bool dashed = static_cast<int>(i) / kColours % 2 == 1;
+    const int place = s.colour > 0 ? s.colour - 1 : static_cast<int>(i);
+    const int colour = place % kColours + 1;
+    const bool dashed = place / kColours % 2 == 1;
     legend.push_back({{"label", s.label}, {"colour", colour}, {"dashed", dashed}});
     if (c.form == ChartForm::lines) {
       std::string path;
@@ -147,7 +148,7 @@ Json ranges(const Chart& c) {
            {"x", px(sx(p.x))},
            {"low", px(sx(p.low))},
            {"high", px(sx(p.high))},
-           {"colour", static_cast<int>(i) % kColours + 1},
+           {"colour", (p.colour > 0 ? p.colour - 1 : static_cast<int>(i)) % kColours + 1},
            {"title", fmt::format("{}: {:.1f} [{:.1f}, {:.1f}]", p.label, p.x, p.low, p.high)}});
     }
     groups.push_back({{"label", s.label}, {"y", px(head)}, {"rows", rows}});

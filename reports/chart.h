@@ -12,10 +12,12 @@ struct Point {
   double x = 0, y = 0;
   double low = 0, high = 0;  // an interval; equal: none
   std::string label;
+  int colour = 0;  // 1 ...: of a configuration, the same in every chart; 0: by position
 };
 struct Series {
   std::string label;
   std::vector<Point> points;
+  int colour = 0;
 };
 
 enum class ChartForm : std::uint8_t { lines, points, ranges, heat };

@@ -40,13 +40,20 @@ std::optional<double> loss_at(const Configuration& c, double place) {
   return n == 0 ? std::nullopt : std::optional(sum / n);
 }
 
+/// A configuration's colour: its place in the study.
+int colour_of(const std::vector<Configuration>& all, const std::string& label) {
+  for (std::size_t i = 0; i < all.size(); ++i)
+    if (all[i].label == label) return static_cast<int>(i) + 1;
+  return 0;
+}
+
 Chart learning_chart(const std::vector<Configuration>& all) {
   constexpr int kPlaces = 60;
   Chart chart{"learning-curves", "Learning curves",
               "Training loss (nats a token), mean over seeds and a twentieth of the steps.",
               "share of the run (%)", "loss"};
   for (const Configuration& c : all) {
-    Series s{c.label, {}};
+    Series s{c.label, {}, colour_of(all, c.label)};
     for (int i = 0; i <= kPlaces; ++i) {
       const double place = static_cast<double>(i) / kPlaces;
       if (const auto loss = loss_at(c, place)) s.points.push_back({100 * place, *loss, 0, 0, ""});
@@ -57,6 +64,7 @@ Chart learning_chart(const std::vector<Configuration>& all) {
 }
 
 Chart trade_off_chart(const char* name, const char* title, const char* x_label,
+                      const std::vector<Configuration>& configurations,
                       const std::vector<TradeOff>& all) {
   Chart chart{name,
               title,
@@ -68,7 +76,8 @@ Chart trade_off_chart(const char* name, const char* title, const char* x_label,
   for (const TradeOff& t : all)
     chart.series.push_back({t.configuration.label,
                             {{t.cost, 100 * t.level.mean, 100 * t.level.interval.low,
-                              100 * t.level.interval.high, t.configuration.label}}});
+                              100 * t.level.interval.high, t.configuration.label}},
+                            colour_of(configurations, t.configuration.label)});
   return chart;
 }
 
@@ -76,12 +85,13 @@ Chart trade_off_chart(const char* name, const char* title, const char* x_label,
 Chart accuracy_chart(const Study& study, const Variant& v, double confidence) {
   Chart chart{"accuracy", "Accuracy with intervals", "", "accuracy (%)", "", ChartForm::ranges};
   const auto suites = suites_of(study);
+  const auto all = configurations(study);
   for (const auto& suite : suites) {
     Series s{column_of(suite), {}};
-    for (const Configuration& c : configurations(study))
+    for (const Configuration& c : all)
       if (const auto score = summarise(c, suite, v, confidence))
         s.points.push_back({100 * score->level.mean, 0, 100 * score->interval.low,
-                            100 * score->interval.high, c.label});
+                            100 * score->interval.high, c.label, colour_of(all, c.label)});
     if (!s.points.empty()) chart.series.push_back(std::move(s));
   }
   chart.caption =
@@ -150,7 +160,7 @@ std::vector<Chart> build_charts(const Study& study, const ReportOptions& options
           std::tuple{"accuracy-time", "Accuracy against time", "training ms a token",
                      &ms_per_token}})
       if (const auto points = trade_offs(study, v.front(), confidence, cost); points.size() > 1)
-        out.push_back(trade_off_chart(name, title, x, points));
+        out.push_back(trade_off_chart(name, title, x, all, points));
   }
   if (Chart c = learning_chart(all); !c.series.empty()) out.push_back(std::move(c));
   for (const Configuration& c : all)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include <fmt/format.h>
 
@@ -90,10 +91,10 @@ Comparison compare(const Configuration& a, const Configuration& b, const Variant
                    const Certainty& certainty) {
   Comparison out;
   std::vector<Grid> grids_a, grids_b;
-  std::vector<std::string> suites;
+  std::set<std::string> suites;
   for (const StudyScore& s : a.first().scores)
-    if (s.protocol == v.protocol && s.metric == v.metric) suites.push_back(s.suite);
-  for (const auto& suite : suites) {
+    if (s.protocol == v.protocol && s.metric == v.metric) suites.insert(s.suite);
+  for (const auto& suite : in_order(suites)) {
     const auto one = summarise(a, suite, v, certainty.confidence),
                other = summarise(b, suite, v, certainty.confidence);
     if (!one || !other) continue;

@@ -66,7 +66,8 @@ Cell score_cell(const TwoLevel& level, Interval interval);
 /// The mean over suites; marked with † and without a value when `asked` is more than are there.
 Cell average_cell(const std::vector<Summary>& suites, std::size_t asked, double confidence);
 inline constexpr const char* kIncomplete =
-    " † mean over the suites scored so far: not to be compared with the others.";
+    " † mean over the suites scored so far, or over fewer seeds than were asked for: not to be "
+    "compared with the others.";
 /// The model's name: the last part of its path.
 std::string model_name(const Study& study);
 

@@ -246,12 +246,16 @@ std::vector<std::string> suites_of(const Study& study) {
     if (const Json::json_pointer at("/evaluate/suites"); t.spec.contains(at))
       for (const Json& s : t.spec[at]) seen.insert(s.get<std::string>());
   }
+  return in_order(std::move(seen));
+}
+
+std::vector<std::string> in_order(std::set<std::string> suites) {
   std::vector<std::string> out;
   for (const Task& t : tasks()) {
-    if (seen.erase(t.folder) > 0) seen.insert(t.name);
-    if (seen.erase(t.name) > 0) out.push_back(t.name);
+    if (suites.erase(t.folder) > 0) suites.insert(t.name);
+    if (suites.erase(t.name) > 0) out.push_back(t.name);
   }
-  out.insert(out.end(), seen.begin(), seen.end());
+  out.insert(out.end(), suites.begin(), suites.end());
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -89,6 +90,8 @@ struct Variant {
 std::vector<Variant> variants(const Study& study);
 /// Suites scored or asked for, in the paper's order, then by name.
 std::vector<std::string> suites_of(const Study& study);
+/// The paper's order, then by name.
+std::vector<std::string> in_order(std::set<std::string> suites);
 std::string column_of(const std::string& suite);  // "ARC-e"
 
 /// A configuration's score on a suite: the mean over its seeds, with error over questions and
