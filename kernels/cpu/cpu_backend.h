@@ -9,7 +9,7 @@
 namespace mixlora {
 
 /// Deterministic for any number of threads except inside oneDNN's products, which are deterministic
-/// for a given one.
+/// for a given one. Working memory is taken once, at the start, and counted in workspace_bytes.
 class CpuBackend final : public Backend {
  public:
   CpuBackend(Precision precision, int threads);
@@ -100,21 +100,13 @@ class CpuBackend final : public Backend {
   static constexpr std::int64_t kBf16Room = std::int64_t{1} << 23;
   void multiply_frozen(Tensor y, ConstTensor x, const FrozenMatrix& w, bool forward,
                        bool accumulate);
-  float* gemm_room();
+  float* gemm_room();  // kGemmRoom numbers, for one operation at a time
   void* bf16_room();
-  /// Working memory number `which`, grown on first use and kept: training allocates nothing after
-  /// its first step.
-  float* buffer(std::size_t which, std::size_t floats);
-  /// Working memory of integers, likewise.
-  std::int32_t* index_buffer(std::size_t which, std::size_t count);
-
   bool bf16_ = false;
   int threads_ = 0;
   std::size_t allocated_ = 0, peak_ = 0;
   std::unique_ptr<Products> products_;
   std::unique_ptr<Memory> room_;  // workspace_bytes, taken at once
-  std::vector<std::unique_ptr<Memory>> buffers_;
-  std::vector<std::size_t> buffer_bytes_;
 };
 
 }  // namespace mixlora

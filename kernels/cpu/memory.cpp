@@ -50,24 +50,6 @@ std::unique_ptr<Memory> CpuBackend::allocate(std::size_t bytes) {
   return std::make_unique<CpuMemory>(*this, bytes);
 }
 
-float* CpuBackend::buffer(std::size_t which, std::size_t floats) {
-  if (which >= buffers_.size()) {
-    buffers_.resize(which + 1);
-    buffer_bytes_.resize(which + 1);
-  }
-  const std::size_t bytes = floats * sizeof(float) + 64;
-  if (bytes > buffer_bytes_[which]) {
-    buffers_[which].reset();
-    buffers_[which] = allocate(bytes);
-    buffer_bytes_[which] = bytes;
-  }
-  return static_cast<float*>(buffers_[which]->data());
-}
-std::int32_t* CpuBackend::index_buffer(std::size_t which, std::size_t count) {
-  return reinterpret_cast<std::int32_t*>(
-      buffer(which, count));  // NOLINT: raw memory, one type a buffer
-}
-
 void CpuBackend::upload(Tensor dst, const void* src) {
   if (!dst.contiguous()) throw std::logic_error("upload: a strided view");
   std::memcpy(dst.data, src, dst.bytes());

@@ -1,0 +1,128 @@
+// Memory: the plan is what is taken, all of it before the first step ends; dropout trains only.
+#include <cstdlib>
+#include <filesystem>
+
+#include "engine/adapter.h"
+#include "engine/model.h"
+#include "engine/scorer.h"
+#include "engine/train.h"
+#include "tests/support/catch.h"
+
+using namespace mixlora;
+
+namespace {
+
+constexpr double kPlanError = 0.02;  // of the peak, between planned and measured
+
+/// Texts of unlike lengths, so that steps differ in rows, labels and sequences.
+std::vector<TrainItem> texts(std::int64_t vocab, int count, int longest) {
+  std::vector<TrainItem> items(static_cast<std::size_t>(count));
+  const RandomKey key = random_key(5, Purpose::test);
+  for (int i = 0; i < count; ++i) {
+    const int length = 2 + i * 7 % (longest - 1);
+    for (int t = 0; t < length; ++t) {
+      const Philox4 bits = philox(static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(t), 0,
+                                  0, key.k0, key.k1);
+      items[static_cast<std::size_t>(i)].tokens.push_back(
+          static_cast<std::int32_t>(bits.v[0] % static_cast<std::uint32_t>(vocab)));
+    }
+  }
+  return items;
+}
+
+TrainJob job_of(Method method, std::int64_t vocab, std::int64_t steps) {
+  TrainJob j;
+  j.adapter.method = method;
+  j.adapter.r = 4;
+  j.adapter.num_experts = 4;
+  j.train.batch_size = 3;
+  j.train.max_steps = steps;
+  j.items = texts(vocab, 12, 17);
+  return j;
+}
+
+/// Trains and looks at the backend's blocks after every step.
+void require_planned(Backend& ops, const Model& model, const TrainJob& job, Recompute level) {
+  INFO("method " << static_cast<int>(job.adapter.method) << ", recompute level "
+                 << static_cast<int>(level));
+  TrainOptions options;
+  options.recompute = level;
+  std::vector<std::size_t> in_use, peaks;
+  TrainObserver observer;
+  observer.on_step = [&](const StepRecord&) {
+    in_use.push_back(ops.allocated_bytes());
+    peaks.push_back(ops.peak_bytes());
+  };
+  const TrainResult result = train(ops, model, {job}, options, observer);
+  REQUIRE(in_use.size() == static_cast<std::size_t>(job.train.max_steps));
+  const auto planned = static_cast<double>(result.planned_bytes);
+  CHECK(static_cast<double>(result.measured_bytes) == Approx(planned).epsilon(kPlanError));
+  CHECK(planned == static_cast<double>(planned_training_bytes(ops, model.config, {job}, level)));
+  for (std::size_t i = 0; i < in_use.size(); ++i) {
+    CHECK(in_use[i] == in_use[0]);  // nothing more is taken after the first step,
+    CHECK(peaks[i] == peaks[0]);    // not even for a moment
+  }
+}
+
+void require_planned_everywhere(Backend& ops, const Model& model, std::int64_t steps) {
+  for (const auto method : {Method::lora, Method::dora, Method::mixlora, Method::mixdora})
+    for (const auto level : {Recompute::layer, Recompute::gate_up, Recompute::none})
+      require_planned(ops, model, job_of(method, model.config.vocab, steps), level);
+}
+
+ModelConfig tiny() {
+  ModelConfig c;
+  c.hidden = 48;
+  c.layers = 3;
+  c.ffn = 80;
+  c.vocab = 50;
+  c.heads = 4;
+  c.kv_heads = 2;
+  c.head_dim = 12;
+  c.max_positions = 64;
+  c.tied_embeddings = true;
+  return c;
+}
+
+}  // namespace
+
+TEST_CASE("training takes what the plan says, before its second step", "[engine][memory]") {
+  const auto ops = make_cpu_backend(Precision::fp32);
+  const auto model = Model::random_weights(*ops, tiny());
+  require_planned_everywhere(*ops, *model, 4);
+}
+
+TEST_CASE("training SmolLM2-135M takes what the plan says", "[engine][memory][slow]") {
+  const char* at = std::getenv("MIXLORA_MODEL");
+  const std::filesystem::path directory =
+      at != nullptr ? at : MIXLORA_SOURCE_DIR "/models/smollm2-135m";
+  if (!std::filesystem::exists(directory / "model.safetensors")) {
+    WARN("skipped: no model at " << directory << " (scripts/fetch_model.sh, or MIXLORA_MODEL)");
+    return;
+  }
+  const auto ops = make_cpu_backend();
+  const auto model = Model::load(*ops, directory.string());
+  require_planned_everywhere(*ops, *model, 2);
+}
+
+TEST_CASE("evaluation drops nothing", "[engine][dropout]") {
+  const auto ops = make_cpu_backend(Precision::fp32);
+  const auto model = Model::random_weights(*ops, tiny());
+  for (const auto method : {Method::lora, Method::dora, Method::mixlora, Method::mixdora}) {
+    TrainJob job = job_of(method, model->config.vocab, 3);
+    job.adapter.lora_dropout = 0.5;
+    job.train.lr = 1e-2;
+    const TrainResult result = train(*ops, *model, {job}, {}, {});
+    const Adapter& trained = *result.adapters[0];
+    AdapterSpec certain = trained.spec();
+    certain.lora_dropout = 0;
+    Adapter same(model->config, certain);
+    std::copy(trained.numbers().begin(), trained.numbers().end(), same.numbers().begin());
+    const std::vector<std::int32_t> text = job.items[5].tokens;
+    Scorer with(*ops, *model, &trained, 64), without(*ops, *model, &same, 64),
+        base(*ops, *model, nullptr, 64);
+    const auto logits = with.logits(text);
+    CHECK(logits == without.logits(text));
+    CHECK(logits != base.logits(text));  // the adapter does say something
+  }
+}
