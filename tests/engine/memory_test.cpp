@@ -30,14 +30,14 @@ std::vector<TrainItem> texts(std::int64_t vocab, int count, int longest) {
   return items;
 }
 
-TrainJob job_of(Method method, std::int64_t vocab, std::int64_t steps) {
+TrainJob job_of(Method method, std::int64_t vocab, std::int64_t steps, int longest = 17) {
   TrainJob j;
   j.adapter.method = method;
   j.adapter.r = 4;
   j.adapter.num_experts = 4;
   j.train.batch_size = 3;
   j.train.max_steps = steps;
-  j.items = texts(vocab, 12, 17);
+  j.items = texts(vocab, 12, longest);
   return j;
 }
 
@@ -64,10 +64,10 @@ void require_planned(Backend& ops, const Model& model, const TrainJob& job, Reco
   }
 }
 
-void require_planned_everywhere(Backend& ops, const Model& model, std::int64_t steps) {
+void require_planned_everywhere(Backend& ops, const Model& model, std::int64_t steps, int longest) {
   for (const auto method : {Method::lora, Method::dora, Method::mixlora, Method::mixdora})
     for (const auto level : {Recompute::layer, Recompute::gate_up, Recompute::none})
-      require_planned(ops, model, job_of(method, model.config.vocab, steps), level);
+      require_planned(ops, model, job_of(method, model.config.vocab, steps, longest), level);
 }
 
 ModelConfig tiny() {
@@ -89,7 +89,7 @@ ModelConfig tiny() {
 TEST_CASE("training takes what the plan says, before its second step", "[engine][memory]") {
   const auto ops = make_cpu_backend(Precision::fp32);
   const auto model = Model::random_weights(*ops, tiny());
-  require_planned_everywhere(*ops, *model, 4);
+  require_planned_everywhere(*ops, *model, 4, 17);
 }
 
 TEST_CASE("training SmolLM2-135M takes what the plan says", "[engine][memory][slow]") {
@@ -102,7 +102,7 @@ TEST_CASE("training SmolLM2-135M takes what the plan says", "[engine][memory][sl
   }
   const auto ops = make_cpu_backend();
   const auto model = Model::load(*ops, directory.string());
-  require_planned_everywhere(*ops, *model, 2);
+  require_planned_everywhere(*ops, *model, 2, 6);
 }
 
 TEST_CASE("evaluation drops nothing", "[engine][dropout]") {
