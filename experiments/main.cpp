@@ -2,17 +2,32 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include "engine/error.h"
 #include "engine/nearest.h"
 #include "experiments/commands/commands.h"
 #include "experiments/environment.h"
 
+namespace {
+
+/// libgomp's threads wait by spinning for milliseconds, which beside other programs takes the cores
+/// from those they wait for. It reads how long as the process starts, so the process starts anew.
+void spin_briefly(char** argv) {
+  if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
+  setenv("GOMP_SPINCOUNT", "3000", 1);
+  execv("/proc/self/exe", argv);  // comes back only when it cannot: then it works all the same
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
   using namespace mixlora;
+  spin_briefly(argv);
   std::signal(SIGXFSZ, SIG_IGN);  // a file over its limit is an error with a message, not a signal
   CLI::App app{
       "mixlora-bench: LoRA, DoRA, MixLoRA and MixDoRA on a frozen Llama-family model, compared."};
@@ -28,6 +43,7 @@ int main(int argc, char** argv) {
   add_check_command(app, exit_code);
   add_prompts_command(app, exit_code);
   add_bench_command(app, exit_code);
+  add_import_command(app, exit_code);
   add_schema_command(app, exit_code);
   add_doctor_command(app, exit_code);
   try {
