@@ -96,6 +96,9 @@ Database open_store(const std::filesystem::path& file) {
   if (std::filesystem::is_directory(file, error))
     throw StoreError(fmt::format("{}: is a folder, expected a store", file.string()));
   Database db(file.string(), Access::read);
+  if (whole(db, "SELECT count(*) FROM sqlite_master") == 0)
+    throw StoreError(fmt::format(
+        "{}: empty: a run ended before it wrote anything; give its command again", file.string()));
   check_version(db, file.string());
   return db;
 }
