@@ -30,8 +30,11 @@ template <class T> struct MixtureCall {
   T *d_gate_up, *p;           // (N, 2F), (N, 2 E R)
   float* d_weight;            // (N, K)
   float *d_gate_b, *d_up_b, *d_down_a, *d_gate_scale, *d_up_scale;
-  // The tile kernels' order of rows and of (row, slot) pairs by expert; null: as they come.
-  const std::int32_t *order, *pairs, *pair_begin;
+  // Of the tile kernels: the slots of this pass, whether it adds to an earlier one's output, the
+  // order of its rows in tiles, and all (row, slot) pairs by expert; null: as they come.
+  int first_slot;
+  bool adds;
+  const std::int32_t *order, *tiles, *pairs, *pair_begin;
 
   __device__ int expert_of(Index n, int k) const { return expert ? expert[n * slots + k] : 0; }
   __device__ float weight_of(Index n, int k) const { return weight ? weight[n * slots + k] : 1.0F; }
@@ -71,7 +74,8 @@ __device__ inline Activated activate(Activation kind, float x) {
 }
 
 using TileCall = MixtureCall<__nv_bfloat16>;
-/// Whether the tensor-core kernels take this shape: SiLU, widths by 32, ranks by 8 up to 80.
+/// Whether the tensor-core kernels take this shape: SiLU, widths by 32, ranks by 8 up to
+/// 80, at most 32 experts.
 bool tiles_take(const TileCall& c);
 /// Bytes of working memory that the row order and the pair lists of a call need.
 std::size_t order_bytes(Index rows, int slots, int experts);
