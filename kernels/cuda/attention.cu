@@ -251,6 +251,31 @@ template <int Size> struct KeyTiles {
   }
 };
 
+/// Keys and values of tile t into their half of the room for two tiles.
+template <int D, int Size>
+__device__ void copy_tile(Number* room, const AttentionCall<Number>& m, const KeyTiles<Size>& tiles,
+                          int t, int kv) {
+  Number* at = room + t % 2 * 2 * Size * Rows<D>::kStride;
+  const int rows = tiles.rows(t);
+  const Index first = tiles.row(t);
+  copy_rows<D>(Rows<D>(at), Size, rows, [&](int r) { return m.key(first + r, kv); });
+  copy_rows<D>(Rows<D>(at + Size * Rows<D>::kStride), Size, rows,
+               [&](int r) { return m.value(first + r, kv); });
+}
+/// Two neighbouring 16x8 tiles c += a b, b as load_as_bt and load_as_b give it.
+__device__ void mma2(float (&left)[4], float (&right)[4], const unsigned (&a)[4],
+                     const unsigned (&b)[4]) {
+  mma(left, a[0], a[1], a[2], a[3], b[0], b[1]);
+  mma(right, a[0], a[1], a[2], a[3], b[2], b[3]);
+}
+/// The same with a of the packed C tiles 2k and 2k + 1.
+template <int N>
+__device__ void mma2(float (&left)[4], float (&right)[4], const unsigned (&p)[N][2], int k,
+                     const unsigned (&b)[4]) {
+  mma(left, p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
+  mma(right, p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
+}
+
 template <int D>
 __global__ void __launch_bounds__(kThreads) tile_forward(const AttentionCall<Number> m) {
   extern __shared__ __align__(16) Number shared[];
@@ -264,13 +289,7 @@ __global__ void __launch_bounds__(kThreads) tile_forward(const AttentionCall<Num
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int g = lane / 4, q4 = lane % 4;
   const KeyTiles<kTile> tiles(s, first);
-  const auto fetch = [&](int t) {
-    Number* at = shared + t % 2 * 2 * kSize;
-    copy_rows<D>(Rows<D>(at), kTile, tiles.rows(t),
-                 [&](int r) { return m.key(tiles.row(t) + r, kv); });
-    copy_rows<D>(Rows<D>(at + kSize), kTile, tiles.rows(t),
-                 [&](int r) { return m.value(tiles.row(t) + r, kv); });
-  };
+  const auto fetch = [&](int t) { copy_tile<D>(shared, m, tiles, t, kv); };
   fetch(0);
   const int position[2] = {first + warp * 16 + g, first + warp * 16 + g + 8};
   unsigned q[D / 16][4];
@@ -300,8 +319,7 @@ __global__ void __launch_bounds__(kThreads) tile_forward(const AttentionCall<Num
       for (int c = 0; c < D / 16; ++c) {
         unsigned b[4];
         load_as_bt<D>(b, keys, 16 * n, 16 * c, lane);
-        mma(score[2 * n], q[c][0], q[c][1], q[c][2], q[c][3], b[0], b[1]);
-        mma(score[2 * n + 1], q[c][0], q[c][1], q[c][2], q[c][3], b[2], b[3]);
+        mma2(score[2 * n], score[2 * n + 1], q[c], b);
       }
     unsigned p[kTile / 8][2];
 #pragma unroll
@@ -340,8 +358,7 @@ __global__ void __launch_bounds__(kThreads) tile_forward(const AttentionCall<Num
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
         load_as_b<D>(b, values, 16 * k, 16 * n, lane);
-        mma(o[2 * n], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
-        mma(o[2 * n + 1], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
+        mma2(o[2 * n], o[2 * n + 1], p, k, b);
       }
     __syncthreads();
   }
@@ -371,13 +388,7 @@ __global__ void __launch_bounds__(kThreads) tile_d_query(const AttentionCall<Num
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int g = lane / 4, q4 = lane % 4;
   const KeyTiles<kInner> tiles(s, first);
-  const auto fetch = [&](int t) {
-    Number* at = shared + t % 2 * 2 * kSize;
-    copy_rows<D>(Rows<D>(at), kInner, tiles.rows(t),
-                 [&](int r) { return m.key(tiles.row(t) + r, kv); });
-    copy_rows<D>(Rows<D>(at + kSize), kInner, tiles.rows(t),
-                 [&](int r) { return m.value(tiles.row(t) + r, kv); });
-  };
+  const auto fetch = [&](int t) { copy_tile<D>(shared, m, tiles, t, kv); };
   fetch(0);
   const int position[2] = {first + warp * 16 + g, first + warp * 16 + g + 8};
   unsigned q[D / 16][4], d_o[D / 16][4];
@@ -415,11 +426,9 @@ __global__ void __launch_bounds__(kThreads) tile_d_query(const AttentionCall<Num
       for (int c = 0; c < D / 16; ++c) {
         unsigned b[4];
         load_as_bt<D>(b, keys, 16 * n, 16 * c, lane);
-        mma(score[2 * n], q[c][0], q[c][1], q[c][2], q[c][3], b[0], b[1]);
-        mma(score[2 * n + 1], q[c][0], q[c][1], q[c][2], q[c][3], b[2], b[3]);
+        mma2(score[2 * n], score[2 * n + 1], q[c], b);
         load_as_bt<D>(b, values, 16 * n, 16 * c, lane);
-        mma(d_p[2 * n], d_o[c][0], d_o[c][1], d_o[c][2], d_o[c][3], b[0], b[1]);
-        mma(d_p[2 * n + 1], d_o[c][0], d_o[c][1], d_o[c][2], d_o[c][3], b[2], b[3]);
+        mma2(d_p[2 * n], d_p[2 * n + 1], d_o[c], b);
       }
     unsigned d_s[kInner / 8][2];
 #pragma unroll
@@ -443,10 +452,7 @@ __global__ void __launch_bounds__(kThreads) tile_d_query(const AttentionCall<Num
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
         load_as_b<D>(b, keys, 16 * k, 16 * n, lane);
-        mma(d_q[2 * n], d_s[2 * k][0], d_s[2 * k][1], d_s[2 * k + 1][0], d_s[2 * k + 1][1], b[0],
-            b[1]);
-        mma(d_q[2 * n + 1], d_s[2 * k][0], d_s[2 * k][1], d_s[2 * k + 1][0], d_s[2 * k + 1][1],
-            b[2], b[3]);
+        mma2(d_q[2 * n], d_q[2 * n + 1], d_s, k, b);
       }
     __syncthreads();
   }
@@ -515,11 +521,9 @@ __global__ void __launch_bounds__(kThreads) tile_d_key_value(const AttentionCall
           for (int n = 0; n < kInner / 16; ++n) {
             unsigned b[4];
             load_as_bt<D>(b, queries, 16 * n, 16 * c, lane);
-            mma(score[2 * n], k[0], k[1], k[2], k[3], b[0], b[1]);
-            mma(score[2 * n + 1], k[0], k[1], k[2], k[3], b[2], b[3]);
+            mma2(score[2 * n], score[2 * n + 1], k, b);
             load_as_bt<D>(b, d_out, 16 * n, 16 * c, lane);
-            mma(d_p[2 * n], v[0], v[1], v[2], v[3], b[0], b[1]);
-            mma(d_p[2 * n + 1], v[0], v[1], v[2], v[3], b[2], b[3]);
+            mma2(d_p[2 * n], d_p[2 * n + 1], v, b);
           }
         }
         unsigned p[kInner / 8][2], d_s[kInner / 8][2];
@@ -547,14 +551,9 @@ __global__ void __launch_bounds__(kThreads) tile_d_key_value(const AttentionCall
           for (int n = 0; n < D / 16; ++n) {
             unsigned b[4];
             load_as_b<D>(b, d_out, 16 * k, 16 * n, lane);
-            mma(d_v[2 * n], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
-            mma(d_v[2 * n + 1], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2],
-                b[3]);
+            mma2(d_v[2 * n], d_v[2 * n + 1], p, k, b);
             load_as_b<D>(b, queries, 16 * k, 16 * n, lane);
-            mma(d_k[2 * n], d_s[2 * k][0], d_s[2 * k][1], d_s[2 * k + 1][0], d_s[2 * k + 1][1],
-                b[0], b[1]);
-            mma(d_k[2 * n + 1], d_s[2 * k][0], d_s[2 * k][1], d_s[2 * k + 1][0], d_s[2 * k + 1][1],
-                b[2], b[3]);
+            mma2(d_k[2 * n], d_k[2 * n + 1], d_s, k, b);
           }
       }
   }

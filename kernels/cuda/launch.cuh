@@ -17,11 +17,8 @@ constexpr unsigned kAll = 0xffffffffU;
 
 template <class T> constexpr __host__ __device__ T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
-/// Bf16 is the host's name of the same bits.
-template <class T> struct DeviceOf { using type = T; };
-template <> struct DeviceOf<Bf16> { using type = __nv_bfloat16; };
-
-/// A view's data under the device's type; throws std::logic_error when the view holds another.
+/// A view's data under the device's type (Bf16 is the host's name of its bits); throws
+/// std::logic_error when the view holds another.
 template <class T> const T* data(const ConstTensor& t) {
   using Host = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Bf16, T>;
   return reinterpret_cast<const T*>(t.ptr<Host>());

@@ -27,7 +27,7 @@ template <class T> __device__ float dot(const T* x, const T* y, int n) {
 /// mask s of column f of row n for expert e: 0 where dropped.
 template <class T> __device__ float keep(const MixtureCall<T>& m, Index n, int e, Index f) {
   if (m.threshold == 0) return m.scale;
-  const Philox4 bits = m.bits(n, e, f / 8);
+  const Philox4 bits = m.bits(m.id_of(n), e, f / 8);
   const std::uint32_t own = (bits.v[f % 8 / 2] >> (16 * (f % 2))) & 0xffffU;
   return own < m.threshold ? 0.0F : m.scale * m.keep;
 }

@@ -38,13 +38,15 @@ template <class T> struct MixtureCall {
 
   __device__ int expert_of(Index n, int k) const { return expert ? expert[n * slots + k] : 0; }
   __device__ float weight_of(Index n, int k) const { return weight ? weight[n * slots + k] : 1.0F; }
-  /// The 128 bits of eight neighbouring columns of row n for expert e; column = 8 * block + i.
-  __device__ Philox4 bits(Index n, int e, Index block) const {
-    const std::int32_t* id = ids + 4 * n;
+  /// The 128 bits of eight neighbouring columns of a row (sample, position, step) for expert e;
+  /// column = 8 * block + i.
+  __device__ Philox4 bits(int4 id, int e, Index block) const {
     return row_bits(key, layer, site + static_cast<std::uint32_t>(e),
-                    static_cast<std::uint32_t>(id[2]), static_cast<std::uint32_t>(id[0]),
-                    static_cast<std::uint32_t>(id[1]), static_cast<std::uint32_t>(block));
+                    static_cast<std::uint32_t>(id.z), static_cast<std::uint32_t>(id.x),
+                    static_cast<std::uint32_t>(id.y), static_cast<std::uint32_t>(block));
   }
+  /// A row's {sample, position, step, adapter}.
+  __device__ int4 id_of(Index n) const { return __ldg(reinterpret_cast<const int4*>(ids) + n); }
 };
 
 struct Activated {

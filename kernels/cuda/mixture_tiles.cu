@@ -199,10 +199,37 @@ __device__ inline void load_q(unsigned (&a)[4], const Number* row0, const Number
   a[2] = upper && row0 != nullptr ? load_pair(row0 + 2 * q + 8) : 0;
   a[3] = upper && row1 != nullptr ? load_pair(row1 + 2 * q + 8) : 0;
 }
-__device__ inline const Number* a_row(const TileCall& m, Index row, int e, bool up) {
-  if (m.a == nullptr || e < 0) return nullptr;
-  return m.a + row * 2 * m.experts * m.rank + ((up ? m.experts : 0) + e) * m.rank;
+/// The rows' a of expert e for B1 (or B3), all its sixteens; zeros for a row that is null.
+template <int C>
+__device__ void load_ranks(unsigned (&a)[C][4], const TileCall& m, const Index (&row)[2],
+                           const bool (&there)[2], int e, bool up, int q) {
+  const Index width = 2 * m.experts * m.rank, at = ((up ? m.experts : 0) + e) * m.rank;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const Number* rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      rows[h] = m.a == nullptr || e < 0 || !there[h] ? nullptr : m.a + row[h] * width + at + 16 * c;
+    load_a(a[c], rows[0], rows[1], q, m.rank - 16 * c);
+  }
 }
+/// The rows' q of expert e; `slot_row` counts slots apart when per_slot.
+template <int C>
+__device__ void load_gradients(unsigned (&a)[C][4], const TileCall& m, const Index (&slot_row)[2],
+                               const bool (&there)[2], int e, int q) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const Number* rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      rows[h] = m.q == nullptr || m.down_a == nullptr || e < 0 || !there[h]
+                    ? nullptr
+                    : m.q + (slot_row[h] * m.experts + e) * m.rank + 16 * c;
+    load_q(a[c], rows[0], rows[1], q, m.rank - 16 * c);
+  }
+}
+
+constexpr __device__ bool kBoth[2] = {true, true};
 
 /// One expert's factors where a lane reads them, for the columns from 0.
 struct Factors {
@@ -241,6 +268,20 @@ __device__ void load_down(uint2 (&w)[2 * C], const Number* down_a, int f0, int p
                         : make_uint2(0, 0);
 }
 
+/// Eight stored numbers of rows g and g + 8 into the four tiles.
+__device__ inline void widen(float (&to)[4][4], int h, const Number* from) {
+  unsigned x[4];
+  load_pairs4(x, from);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) to[j][2 * h] = low(x[j]), to[j][2 * h + 1] = high(x[j]);
+}
+__device__ inline void narrow(Number* to, const float (&from)[4][4], int h) {
+  unsigned x[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] = pack2(from[j][2 * h], from[j][2 * h + 1]);
+  write4(to, x);
+}
+
 /// u (or v) of two tiles: the frozen projection's numbers, then plus B a.
 __device__ inline void start(float (&u)[2][4], const unsigned (&c)[2][4], int pair) {
 #pragma unroll
@@ -270,20 +311,6 @@ __device__ void add_down(float (&d)[2][4], const unsigned (&q)[C][4], const uint
   }
 }
 
-/// A row's part of Philox's counter and key.
-struct RowKey {
-  std::uint32_t sample, position, key;
-};
-__device__ inline RowKey row_key(const TileCall& m, Index row) {
-  const int4 id = __ldg(reinterpret_cast<const int4*>(m.ids) + row);
-  return {static_cast<std::uint32_t>(id.x), static_cast<std::uint32_t>(id.y),
-          m.key.k0 ^ static_cast<std::uint32_t>(id.z)};
-}
-/// random.h's row_bits for eight columns of expert e.
-__device__ inline Philox4 bits_of(const TileCall& m, const RowKey& r, int e, int block) {
-  return philox(static_cast<std::uint32_t>(block), r.position, r.sample,
-                m.layer << 20 | (m.site + static_cast<std::uint32_t>(e)) << 12, r.key, m.key.k1);
-}
 /// Whether column i of the eight is kept; `threshold` in the upper half of its word.
 __device__ inline bool kept(const Philox4& bits, int i, std::uint32_t threshold) {
   const std::uint32_t word = bits.v[i / 2];
@@ -331,26 +358,19 @@ __global__ void __launch_bounds__(kThreads, C == 1 ? 2 : 1) forward_kernel(const
   Factors factors[K];
   unsigned a1[K][C][4], a3[K][C][4];
   float z[K][2 * C][4] = {};
-  RowKey keys[2];
+  int4 ids[2];
   const Number* gate_up[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    keys[h] = drops ? row_key(m, tile.row[h]) : RowKey{};
+    ids[h] = drops ? m.id_of(tile.row[h]) : int4{};
     gate_up[h] = m.gate_up + tile.row[h] * 2 * width + 8 * q;
   }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int e = tile.expert[k];
     factors[k] = factors_of(m, e, g, q);
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const auto at = [&](int h, bool up) -> const Number* {
-        const Number* p = a_row(m, tile.row[h], e, up);
-        return p == nullptr ? nullptr : p + 16 * c;
-      };
-      load_a(a1[k][c], at(0, false), at(1, false), q, rank - 16 * c);
-      load_a(a3[k][c], at(0, true), at(1, true), q, rank - 16 * c);
-    }
+    load_ranks<C>(a1[k], m, tile.row, kBoth, e, false, q);
+    load_ranks<C>(a3[k], m, tile.row, kBoth, e, true, q);
   }
 
   for (int f0 = warp * kColumns; f0 < width; f0 += kWarps * kColumns) {
@@ -363,13 +383,7 @@ __global__ void __launch_bounds__(kThreads, C == 1 ? 2 : 1) forward_kernel(const
     float total[4][4] = {};
     if (m.adds)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        unsigned before[4];
-        load_pairs4(before, m.out + tile.row[h] * width + f0 + 8 * q);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          total[j][2 * h] = low(before[j]), total[j][2 * h + 1] = high(before[j]);
-      }
+      for (int h = 0; h < 2; ++h) widen(total, h, m.out + tile.row[h] * width + f0 + 8 * q);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Factors& f = factors[k];
@@ -377,7 +391,7 @@ __global__ void __launch_bounds__(kThreads, C == 1 ? 2 : 1) forward_kernel(const
       const bool drop = drops && tile.expert[k] >= 0;
       if (drop)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) bits[h] = bits_of(m, keys[h], tile.expert[k], (f0 + 8 * q) / 8);
+        for (int h = 0; h < 2; ++h) bits[h] = m.bits(ids[h], tile.expert[k], (f0 + 8 * q) / 8);
       unsigned own[2][4];
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
@@ -433,12 +447,8 @@ __global__ void __launch_bounds__(kThreads, C == 1 ? 2 : 1) forward_kernel(const
     }
     if (!m.per_slot)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        unsigned sum[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] = pack2(total[j][2 * h], total[j][2 * h + 1]);
-        if (tile.live[h]) write4(m.out + tile.row[h] * width + f0 + 8 * q, sum);
-      }
+      for (int h = 0; h < 2; ++h)
+        if (tile.live[h]) narrow(m.out + tile.row[h] * width + f0 + 8 * q, total, h);
   }
 
   if (m.down_a == nullptr) return;
@@ -481,30 +491,21 @@ __global__ void __launch_bounds__(kThreads, C == 1 && K == 1 ? 2 : 1)
   Factors factors[K];
   unsigned a1[K][C][4], a3[K][C][4], q_frag[K][C][4];
   float p1[K][2 * C][4] = {}, p3[K][2 * C][4] = {}, d_weight[K][2] = {};
-  RowKey keys[2];
+  int4 ids[2];
   const Number* gate_up[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    keys[h] = drops ? row_key(m, tile.row[h]) : RowKey{};
+    ids[h] = drops ? m.id_of(tile.row[h]) : int4{};
     gate_up[h] = m.gate_up + tile.row[h] * 2 * width + 8 * q;
   }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int e = tile.expert[k];
     factors[k] = factors_of(m, e, g, q);
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const auto at = [&](int h, bool up) -> const Number* {
-        const Number* p = a_row(m, tile.row[h], e, up);
-        return p == nullptr ? nullptr : p + 16 * c;
-      };
-      const auto q_at = [&](int h) -> const Number* {
-        return !down || e < 0 ? nullptr : m.q + (slot_row(h, k) * m.experts + e) * rank + 16 * c;
-      };
-      load_a(a1[k][c], at(0, false), at(1, false), q, rank - 16 * c);
-      load_a(a3[k][c], at(0, true), at(1, true), q, rank - 16 * c);
-      load_q(q_frag[k][c], q_at(0), q_at(1), q, rank - 16 * c);
-    }
+    load_ranks<C>(a1[k], m, tile.row, kBoth, e, false, q);
+    load_ranks<C>(a3[k], m, tile.row, kBoth, e, true, q);
+    const Index slot_rows[2] = {slot_row(0, k), slot_row(1, k)};
+    load_gradients<C>(q_frag[k], m, slot_rows, kBoth, e, q);
   }
 
   for (int f0 = warp * kColumns; f0 < width; f0 += kWarps * kColumns) {
@@ -519,15 +520,9 @@ __global__ void __launch_bounds__(kThreads, C == 1 && K == 1 ? 2 : 1)
     if (m.adds)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        unsigned gate[4], up[4];
         const Number* row = m.d_gate_up + tile.row[h] * 2 * width + f0 + 8 * q;
-        load_pairs4(gate, row);
-        load_pairs4(up, row + width);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          gate_sum[j][2 * h] = low(gate[j]), gate_sum[j][2 * h + 1] = high(gate[j]);
-          up_sum[j][2 * h] = low(up[j]), up_sum[j][2 * h + 1] = high(up[j]);
-        }
+        widen(gate_sum, h, row);
+        widen(up_sum, h, row + width);
       }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -537,7 +532,7 @@ __global__ void __launch_bounds__(kThreads, C == 1 && K == 1 ? 2 : 1)
       float w_h[2];
       if (drop)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) bits[h] = bits_of(m, keys[h], tile.expert[k], (f0 + 8 * q) / 8);
+        for (int h = 0; h < 2; ++h) bits[h] = m.bits(ids[h], tile.expert[k], (f0 + 8 * q) / 8);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const bool empty = tile.expert[k] < 0 && tile.weight[h][k] == 0;
@@ -609,14 +604,10 @@ __global__ void __launch_bounds__(kThreads, C == 1 && K == 1 ? 2 : 1)
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      unsigned gate[4], up[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        gate[j] = pack2(gate_sum[j][2 * h], gate_sum[j][2 * h + 1]);
-        up[j] = pack2(up_sum[j][2 * h], up_sum[j][2 * h + 1]);
-      }
+      if (!tile.live[h]) continue;
       Number* row = m.d_gate_up + tile.row[h] * 2 * width + f0 + 8 * q;
-      if (tile.live[h]) write4(row, gate), write4(row + width, up);
+      narrow(row, gate_sum, h);
+      narrow(row + width, up_sum, h);
     }
   }
 
@@ -714,22 +705,12 @@ __global__ void __launch_bounds__(kThreads, 1) columns_kernel(const TileCall m) 
       read4(c1[h], from);
       read4(c3[h], from + width);
       read4(d_out[h], m.d_out + slot_row[h] * width + col);
-      if (drops) bits[h] = bits_of(m, row_key(m, row[h]), e, col / 8);
+      if (drops) bits[h] = m.bits(m.id_of(row[h]), e, col / 8);
     }
     unsigned a1[C][4], a3[C][4], q_frag[C][4];
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const auto at = [&](int h, bool up) -> const Number* {
-        const Number* p = live[h] ? a_row(m, row[h], e, up) : nullptr;
-        return p == nullptr ? nullptr : p + 16 * c;
-      };
-      const auto q_at = [&](int h) -> const Number* {
-        return !down || !live[h] ? nullptr : m.q + (slot_row[h] * m.experts + e) * rank + 16 * c;
-      };
-      load_a(a1[c], at(0, false), at(1, false), q, rank - 16 * c);
-      load_a(a3[c], at(0, true), at(1, true), q, rank - 16 * c);
-      load_q(q_frag[c], q_at(0), q_at(1), q, rank - 16 * c);
-    }
+    load_ranks<C>(a1, m, row, live, e, false, q);
+    load_ranks<C>(a3, m, row, live, e, true, q);
+    load_gradients<C>(q_frag, m, slot_row, live, e, q);
     // The operands of this block's sixteen ranks, rows as the inner dimension.
     unsigned a1_t[4], a3_t[4], q_t[4];
 #pragma unroll
