@@ -93,12 +93,14 @@ bool has_fast_bf16() {
   return false;
 #endif
 }
+#ifdef MIXLORA_HAS_ONEDNN
 MIXLORA_CLONES void to_bf16(std::uint16_t* y, const float* x, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const auto u = std::bit_cast<std::uint32_t>(x[i]);
     y[i] = static_cast<std::uint16_t>((u + 0x7fffU + ((u >> 16) & 1U)) >> 16);
   }
 }
+#endif
 }  // namespace
 
 CpuBackend::CpuBackend(Precision precision, int threads) : products_(std::make_unique<Products>()) {
