@@ -30,7 +30,7 @@ class Planner {
   Planner(const Sweep& sweep, const ModelConfig& model, Backend& ops, Texts& texts)
       : sweep_(sweep), model_(model), ops_(ops), texts_(texts) {
     if (sweep.run.memory_limit_gib) {
-      plan_.memory_limit = static_cast<std::size_t>(*sweep.run.memory_limit_gib * kGib);
+      plan_.memory_limit = sweep.run.memory_limit_bytes();
       plan_.memory_source = "run.memory_limit_gib";
     } else if (ops.device() == Device::cpu) {
       plan_.memory_limit = available_memory();

@@ -1,20 +1,14 @@
 #include "experiments/predict.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "engine/adapter.h"
 #include "engine/model.h"
 #include "engine/scorer.h"
+#include "experiments/timing.h"
 
 namespace mixlora {
 namespace {
-
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  const std::size_t n = v.size();
-  return n % 2 == 1 ? v[n / 2] : (v[n / 2 - 1] + v[n / 2]) / 2;
-}
 
 std::string method_of(const AdapterSpec& a) { return write(a.method).get<std::string>(); }
 
@@ -42,10 +36,9 @@ Seconds time_steps(Backend& ops, const Model& model, TrainJob job,
   Scorer scorer(ops, model, adapter.get(), kTokens);
   out.score = INFINITY;
   for (int i = 0; i < 3; ++i) {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     scorer.labels(requests);
-    const auto time = std::chrono::steady_clock::now() - start;
-    if (i > 0) out.score = std::min(out.score, std::chrono::duration<double>(time).count());
+    if (i > 0) out.score = std::min(out.score, seconds_since(start));
   }
   return out;
 }

@@ -1,24 +1,13 @@
 #include "experiments/run_trial.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "engine/scorer.h"
+#include "experiments/timing.h"
 #include "suites/prompt.h"
 
 namespace mixlora {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-double median(std::vector<double> v) {
-  if (v.empty()) return 0;
-  std::sort(v.begin(), v.end());
-  return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
-}
 
 /// Wall time and tokens of each step, all jobs of a pack together.
 struct StepTimes {
@@ -106,8 +95,7 @@ std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
           bench.model_source);
   TrainOptions options;
   options.recompute = run.recompute;
-  if (run.memory_limit_gib)
-    options.memory_limit = static_cast<std::size_t>(*run.memory_limit_gib * 1024 * 1024 * 1024);
+  options.memory_limit = run.memory_limit_bytes();
   std::vector<TrainJob> jobs;
   for (const RunningTrial& r : pack)
     jobs.push_back({r.trial->spec.adapter, r.trial->spec.train, texts.training(r.trial->spec)});

@@ -23,6 +23,11 @@ struct RunSpec {
   Recompute recompute = Recompute::automatic;
   Pack pack;
   bool keep_adapters = true;
+  /// memory_limit_gib in bytes; 0: no limit is set.
+  std::size_t memory_limit_bytes() const {
+    constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
+    return static_cast<std::size_t>(memory_limit_gib.value_or(0) * kGib);
+  }
 };
 
 /// Part of a trial's spec as an RFC 7396 merge patch: absent keys stay, null goes back to the

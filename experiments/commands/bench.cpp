@@ -1,6 +1,5 @@
 // bench: steps of every method on real batches, timed: tokens a second, peak bytes, scoring.
 #include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <functional>
 #include <sstream>
@@ -13,14 +12,13 @@
 #include "engine/scorer.h"
 #include "experiments/commands/commands.h"
 #include "experiments/run_trial.h"
+#include "experiments/timing.h"
 #include "kernels/timed_backend.h"
 #include "reports/table.h"
 #include "suites/prompt.h"
 
 namespace mixlora {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 struct Options {
   std::string model = "models/smollm2-135m", tokenizer, task = "arc-e", shape, device = "auto",
@@ -36,15 +34,6 @@ struct Figures {
   std::size_t planned = 0, measured = 0;
   double score_tokens_per_s = 0;
 };
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  const std::size_t n = v.size();
-  return n == 0 ? 0 : n % 2 == 1 ? v[n / 2] : (v[n / 2 - 1] + v[n / 2]) / 2;
-}
 
 AdapterSpec adapter_of(const std::string& method, std::int64_t rank) {
   nlohmann::json spec{{"method", method}, {"r", rank}, {"lora_alpha", 2 * rank}};

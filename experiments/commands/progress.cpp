@@ -7,10 +7,11 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "experiments/timing.h"
+
 namespace mixlora {
 namespace {
 
-using Clock = std::chrono::steady_clock;
 constexpr double kLineSeconds = 15, kLiveSeconds = 0.1;  // between two lines, two rewrites
 constexpr std::size_t kBar = 20;
 

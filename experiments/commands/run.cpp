@@ -9,6 +9,7 @@
 #include "experiments/commands/progress.h"
 #include "experiments/environment.h"
 #include "experiments/runner.h"
+#include "experiments/timing.h"
 
 namespace mixlora {
 namespace {
@@ -79,7 +80,7 @@ RunObserver observer_of(Progress& p) {
 }
 
 int run(const Options& o) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   Sweep sweep = read_sweep(o.sweep);
   const std::string& source = sweep.trials.front().spec.model;
   const ModelConfig config = config_of(source);
@@ -126,8 +127,7 @@ int run(const Options& o) {
       o.out.empty() ? (path.parent_path() / (sweep.name + "-tables")).string() : o.out;
   print_tables(store.database(), id, sweep.tables, out);
   std::fflush(stdout);
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = seconds_since(start);
   const auto failed = static_cast<std::size_t>(outcome.failed) + failed_before;
   const std::string what = to_run == 0 ? "nothing was left to run"
                                        : fmt::format("{} of {} trials run in {}", outcome.done,
