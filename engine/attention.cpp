@@ -85,7 +85,7 @@ Tensor Transformer::scaled_and_roped(const Step& step, std::size_t i, const Laye
 
 void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& k,
                                     ConstTensor normed, Tensor delta) {
-  const trace::Range range("attention");
+  const trace::Range range(ops_, "attention");
   const ModelConfig& c = model_.config;
   const LayerWeights& w = model_.layers[i];
   const std::int64_t n = step.rows;
@@ -148,7 +148,7 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
 /// Adds the attention half's gradient to d_x, which holds the gradient of x2 = x +
 /// attention(norm(x)).
 void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x) {
-  const trace::Range range("attention_backward");
+  const trace::Range range(ops_, "attention_backward");
   const ModelConfig& c = model_.config;
   const LayerWeights& w = model_.layers[i];
   const std::int64_t n = step.rows;

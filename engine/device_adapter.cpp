@@ -82,7 +82,6 @@ void DeviceAdapter::download(Backend& ops, std::span<float> numbers) const {
 }
 
 void DeviceAdapter::step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast) {
-  const trace::Range range("optimizer");
   stale_ = true;
   const std::int64_t middle = layout.fast_begin, end = layout.elements;
   const auto part = [](Tensor t, std::int64_t begin, std::int64_t stop) {
@@ -104,7 +103,7 @@ void DeviceAdapter::step(Backend& ops, Optim optim, StepNumbers slow, StepNumber
 void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& scratch) {
   if (!stale_ || scales.empty()) return;
   stale_ = false;
-  const trace::Range range("dora_scales");
+  const trace::Range range(ops, "dora_scales");
   const ModelConfig& c = model.config;
   const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
   const std::array<std::pair<std::int64_t, std::int64_t>, 3> spans{

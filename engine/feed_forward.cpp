@@ -52,7 +52,7 @@ Mixture Transformer::mixture_of(const Step& step, std::size_t i, const Group& g,
 
 void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
                                Tensor delta, bool again) {
-  const trace::Range range("feed_forward");
+  const trace::Range range(ops_, "feed_forward");
   const ModelConfig& c = model_.config;
   const Scratch::Frame frame(scratch_);
   // Switch's jitter changes what its experts and its router see.
@@ -142,7 +142,7 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, const Grou
 /// Adds the feed-forward half's gradient to d_x, which holds the gradient of x2 +
 /// feed_forward(norm(x2)).
 void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x) {
-  const trace::Range range("feed_forward_backward");
+  const trace::Range range(ops_, "feed_forward_backward");
   const ModelConfig& c = model_.config;
   const LayerWeights& w = model_.layers[i];
   const std::int64_t n = step.rows;

@@ -128,7 +128,7 @@ std::int64_t Pass::chunk() const {
 }
 
 void Pass::loss(const HostBatch& batch, ConstTensor hidden, Tensor d_hidden) {
-  const trace::Range range("loss");
+  const trace::Range range(ops_, "loss");
   const auto labels = static_cast<std::int64_t>(batch.targets.size());
   const DType type = ops_.activation_type();
   ops_.zero(d_hidden);

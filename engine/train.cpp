@@ -225,6 +225,7 @@ void Training::initialise(std::vector<std::unique_ptr<Adapter>>& host) {
 }
 
 void Training::optimizer_step(std::size_t j, std::int64_t step) {
+  const trace::Range range(ops_, "optimizer");
   const TrainSpec& t = jobs_[j].train;
   const double lr = learning_rate(t, step, orders_[j].steps());
   const auto slow = step_numbers(t, lr, step),
@@ -241,7 +242,7 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
   std::vector<LoadCounter> loads(jobs_.size());
   for (std::int64_t step = 0; step < steps; ++step) {
     if (observer.stop && observer.stop()) throw Interrupted("stopped between training steps");
-    const trace::Range range("step");
+    const trace::Range range(ops_, "step", step + 1);
     const auto start = std::chrono::steady_clock::now();
     std::vector<StepRecord> records(jobs_.size());
     std::size_t micros = 0;

@@ -34,7 +34,6 @@ void Transformer::through_a(const Step& step, const Group& g, std::size_t layer,
 
 void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
                                 Tensor delta, bool again) {
-  const trace::Range range("layer");
   const DType type = normed.dtype;
   const std::int64_t n = step.rows, d = model_.config.hidden;
   attention_forward(step, i, k, normed, delta);
@@ -46,7 +45,7 @@ void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, T
 }
 
 Tensor Transformer::forward(const Step& step) {
-  const trace::Range range("forward");
+  const trace::Range range(ops_, "forward");
   const ModelConfig& c = model_.config;
   const DType type = ops_.activation_type();
   const auto eps = static_cast<float>(c.rms_eps);
@@ -74,6 +73,7 @@ Tensor Transformer::forward(const Step& step) {
   ops_.embedding(layers_[0].x, model_.embedding, step.tokens);
   ops_.rmsnorm(normed, layers_[0].r1, layers_[0].x, model_.layers[0].input_norm, eps);
   for (std::size_t i = 0; i < count; ++i) {
+    const trace::Range layer(ops_, "layer", static_cast<std::int64_t>(i));
     open(i + 1);
     std::optional<Scratch::Frame> frame;
     if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
@@ -85,7 +85,7 @@ Tensor Transformer::forward(const Step& step) {
 }
 
 void Transformer::backward(const Step& step, ConstTensor d_hidden) {
-  const trace::Range range("backward");
+  const trace::Range range(ops_, "backward");
   const auto eps = static_cast<float>(model_.config.rms_eps);
   const std::int64_t n = step.rows, d = model_.config.hidden;
   const DType type = ops_.activation_type();
@@ -95,10 +95,11 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
   ops_.zero(d_x);
   ops_.rmsnorm_backward(d_x, d_hidden, layers_[count].x, model_.final_norm, layers_[count].r1);
   for (std::size_t i = count; i-- > 0;) {
+    const trace::Range layer(ops_, "layer", static_cast<std::int64_t>(i));
     LayerKept& k = layers_[i];
     const Scratch::Frame kept(kept_);
     if (recompute_ == Recompute::layer) {
-      const trace::Range again("recompute");
+      const trace::Range again(ops_, "recompute");
       const Scratch::Frame frame(scratch_);
       const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
       ops_.rmsnorm(normed, k.r1, k.x, model_.layers[i].input_norm, eps);

@@ -43,6 +43,7 @@ int main(int argc, char** argv) {
   add_check_command(app, exit_code);
   add_prompts_command(app, exit_code);
   add_bench_command(app, exit_code);
+  add_profile_command(app, exit_code);
   add_import_command(app, exit_code);
   add_schema_command(app, exit_code);
   add_doctor_command(app, exit_code);

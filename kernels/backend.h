@@ -97,6 +97,17 @@ struct Mixture {
 /// For SGD: {lr, weight_decay, momentum, 0, 0, 0, 0, max_grad_norm}.
 using StepNumbers = ConstTensor;  // (8) f32
 
+/// Places in a backend's queue of calls, and when they were passed.
+class TimeMarks {
+ public:
+  virtual ~TimeMarks() = default;
+  /// Marks the place behind all calls so far; marks are numbered from 0.
+  virtual std::size_t mark() = 0;
+  /// From one mark to a later one; both must be passed (Backend::synchronize).
+  virtual double seconds(std::size_t from, std::size_t to) const = 0;
+  virtual void clear() = 0;
+};
+
 /// The instruction set.
 ///
 /// Letters: N rows (tokens of all sequences, end to end), D model width, F FFN width, V vocabulary,
@@ -131,6 +142,17 @@ class Backend {
   virtual void zero(Tensor x) = 0;
   /// dst = src, converting between f32 and bf16; strided views allowed.
   virtual void copy(Tensor dst, ConstTensor src) = 0;
+
+  // ---- where a step is ---------------------------------------------------------------------
+  /// What is called until the matching `leave` belongs to `range`, a literal ("layer", of index 3).
+  /// An NVTX range of the domain "mixlora"; a comparison when no profiler listens. trace::Range
+  /// calls both.
+  virtual void enter(const char* range, std::int64_t index);
+  virtual void leave();
+  /// Marks on this backend's queue: the host's clock here, events of the stream on CUDA.
+  virtual std::unique_ptr<TimeMarks> time_marks();
+  /// Opens or closes what a profiler records that waits for it (cudaProfilerStart, ...Stop).
+  virtual void profiler_window(bool /*open*/) {}
 
   // ---- frozen matrices ---------------------------------------------------------------------
   /// Bytes that a frozen (out, in) matrix takes here, packed forms included.

@@ -1,17 +1,24 @@
-// Named ranges for Nsight, in the domain "mixlora"; nothing where NVTX is absent.
+// Ranges: where a step is, for Nsight (NVTX, domain "mixlora") and for TimedBackend.
 #pragma once
-#if __has_include(<nvtx3/nvtx3.hpp>)
-#include <nvtx3/nvtx3.hpp>
+#include "kernels/backend.h"
+
 namespace mixlora::trace {
-struct Domain {
-  static constexpr char const* name{"mixlora"};
+
+/// Whether a profiler listens to NVTX in this process; false in a build without NVTX.
+bool attached();
+
+/// Calls while it lives belong to `name`: the step, "forward", "layer" 3, ... `name` is a literal.
+class Range {
+ public:
+  explicit Range(Backend& ops, const char* name, std::int64_t index = -1) : ops_(ops) {
+    ops_.enter(name, index);
+  }
+  ~Range() { ops_.leave(); }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+ private:
+  Backend& ops_;
 };
-using Range = nvtx3::scoped_range_in<Domain>;
+
 }  // namespace mixlora::trace
-#else
-namespace mixlora::trace {
-struct Range {
-  explicit Range(const char*) {}
-};
-}  // namespace mixlora::trace
-#endif

@@ -4,15 +4,29 @@
 
 #include "engine/error.h"
 #include "engine/json_file.h"
+#include "kernels/timed_backend.h"
+#include "kernels/trace.h"
 #include "reports/report.h"
 
 namespace mixlora {
+namespace {
 
-std::unique_ptr<Backend> make_backend(const RunSpec& run) {
+std::unique_ptr<Backend> plain_backend(const RunSpec& run) {
   const std::string reason =
       run.device == DeviceChoice::cpu ? "not asked for" : cuda_unavailable_reason();
   require(run.device != DeviceChoice::cuda || reason.empty(), "run.device \"cuda\": {}", reason);
   return reason.empty() ? make_cuda_backend(run.precision) : make_cpu_backend(run.precision);
+}
+
+}  // namespace
+
+std::unique_ptr<TimedBackend> make_timed_backend(const RunSpec& run) {
+  return std::make_unique<TimedBackend>(plain_backend(run));
+}
+
+std::unique_ptr<Backend> make_backend(const RunSpec& run) {
+  if (trace::attached()) return make_timed_backend(run);
+  return plain_backend(run);
 }
 
 std::filesystem::path store_file(const Sweep& sweep, const std::string& given) {

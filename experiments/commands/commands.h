@@ -26,6 +26,7 @@ class App;
 namespace mixlora {
 
 class Database;
+class TimedBackend;
 
 // Exit codes: 0 all done, 1 a trial failed, 2 the input is wrong, 130 stopped by a signal.
 inline constexpr int kDone = 0, kFailed = 1, kBadInput = 2, kStopped = 130;
@@ -36,6 +37,7 @@ void add_compare_command(CLI::App& app, int& exit_code);
 void add_doctor_command(CLI::App& app, int& exit_code);
 void add_import_command(CLI::App& app, int& exit_code);
 void add_plan_command(CLI::App& app, int& exit_code);
+void add_profile_command(CLI::App& app, int& exit_code);
 void add_prompts_command(CLI::App& app, int& exit_code);
 void add_report_command(CLI::App& app, int& exit_code);
 void add_run_command(CLI::App& app, int& exit_code);
@@ -43,7 +45,10 @@ void add_schema_command(CLI::App& app, int& exit_code);
 void add_status_command(CLI::App& app, int& exit_code);
 
 /// The device and precision that a sweep's "run" asks for; throws InputError when it is not here.
+/// Under a profiler its op families are NVTX ranges.
 std::unique_ptr<Backend> make_backend(const RunSpec& run);
+/// The same, to be timed call by call.
+std::unique_ptr<TimedBackend> make_timed_backend(const RunSpec& run);
 /// Where a sweep's rows go: `given`, else runs/NAME.db.
 std::filesystem::path store_file(const Sweep& sweep, const std::string& given);
 /// Makes a folder and those above it; throws InputError with the reason.

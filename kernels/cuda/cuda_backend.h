@@ -30,6 +30,8 @@ class CudaBackend final : public Backend {
   std::size_t workspace_bytes() const override;
   void zero(Tensor x) override;
   void copy(Tensor dst, ConstTensor src) override;
+  std::unique_ptr<TimeMarks> time_marks() override;
+  void profiler_window(bool open) override;
 
   std::size_t matrix_bytes(std::int64_t out, std::int64_t in) const override;
   DType matrix_type() const override { return type_; }
