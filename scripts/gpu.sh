@@ -4,7 +4,9 @@
 #   parity    every op case against the double reference in f32 and bf16, training against the CPU
 #   sanitize  the op cases under compute-sanitizer: memcheck, racecheck, initcheck
 #   bench     training steps and scoring at Llama-2-7B's shape, beside each method's products alone
-#   peft      PEFT on the same device (scripts/bench_peft.py; needs torch, transformers, peft)
+#   ops       the op cases in bf16: time, rates, share of the roofline
+#   peft      PEFT on the same device, beside bench's figures in the same folder (needs torch, transformers, peft)
+#   compiled  PEFT in bf16 under torch.compile, its fastest: minutes of compiling
 #   real      as bench, on batches of 16 real questions of ARC-easy and PIQA
 #   budget    the same batches within 23 GiB: every method, and two MixLoRA adapters in one step
 #   profile   where the steps' time goes, by op family and layer
@@ -21,14 +23,14 @@ if [ "${1:-}" = --out ]; then
   shift 2
 fi
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench peft real budget profile smollm2)
+[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize ops bench peft compiled real budget profile smollm2)
 for stage in "${stages[@]}"; do
   case $stage in
-    parity | sanitize | bench | peft | profile) ;;
+    parity | sanitize | ops | bench | peft | compiled | profile) ;;
     real | budget | smollm2)
       [ -n "${MIXLORA_DATA:-}" ] || { echo "gpu: stage $stage reads real questions: set MIXLORA_DATA to the suites' folder" >&2; exit 2; }
       ;;
-    *) echo "gpu: no stage \"$stage\"; expected parity, sanitize, bench, peft, real, budget, profile or smollm2" >&2; exit 2 ;;
+    *) echo "gpu: no stage \"$stage\"; expected parity, sanitize, ops, bench, peft, compiled, real, budget, profile or smollm2" >&2; exit 2 ;;
   esac
 done
 command -v nvidia-smi >/dev/null || { echo "gpu: nvidia-smi is not here; this script needs an NVIDIA GPU" >&2; exit 1; }
@@ -56,6 +58,10 @@ need_model() { # FILE: what must be in the model's folder
   # shellcheck disable=SC2086  # several files, divided by spaces
   bash scripts/fetch_model.sh "$model" ${MIXLORA_MODEL_FILES:-} || exit 1
 }
+peers() { # title, argument of bench_peft.py...
+  section "$1" python3 scripts/bench_peft.py "${@:2}"
+  cat "$out/last.txt" >>"$out/peft.txt"
+}
 # cuBLASLt's own kernels (nvjet) synchronise by means that racecheck does not follow; it reports them alone.
 races() {
   compute-sanitizer --tool racecheck "$kernels" "CUDA*" -c "in bf16" | tee "$out/races.txt"
@@ -77,19 +83,27 @@ for stage in "${stages[@]}"; do
       done
       section "compute-sanitizer racecheck" races
       ;;
+    ops)
+      section "Op cases against the roofline" "$(find_program op_bench)" --benchmark_filter='^cuda bf16/' --benchmark_min_time=0.05
+      ;;
     bench)
       for shape in 8x512 16x128; do
         section "Steps of $shape" "$program" bench --model shape:llama-2-7b --shape "$shape" --steps 12 --rows 64 \
-          --score-tokens 8192 --device cuda --format markdown
+          --score-tokens 8192 --device cuda --format markdown --out "$out/bench-$shape"
       done
       section "Steps of 8x512, layers recomputed" "$program" bench --model shape:llama-2-7b --shape 8x512 --steps 6 \
         --rows 1 --score-tokens 8192 --device cuda --recompute layer --methods lora,mixlora --format markdown
       ;;
     peft)
-      section "PEFT as shipped" python3 scripts/bench_peft.py --methods lora --modes shipped
-      section "PEFT with checkpointing" python3 scripts/bench_peft.py --methods dora --modes checkpointed
-      section "PEFT in bf16, compiled" python3 scripts/bench_peft.py --methods lora --modes compiled --shapes 8x512
-      section "transformers, forward only" python3 scripts/bench_peft.py --score --shapes 16x512
+      rm -f "$out/peft.txt"
+      peers "PEFT as shipped" --methods lora --modes shipped
+      peers "PEFT with checkpointing" --methods dora --modes checkpointed
+      peers "transformers, forward only" --score --shapes 16x512
+      section "Beside the peers" python3 scripts/peers.py "$out"
+      ;;
+    compiled)
+      peers "PEFT in bf16, compiled" --methods lora,dora --modes compiled --shapes 8x512
+      section "Beside the peers" python3 scripts/peers.py "$out"
       ;;
     real)
       need_model tokenizer.json

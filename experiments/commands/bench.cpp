@@ -12,14 +12,15 @@
 #include "experiments/commands/commands.h"
 #include "experiments/commands/workload.h"
 #include "experiments/timing.h"
-#include "reports/table.h"
+#include "reports/report.h"
 
 namespace mixlora {
 namespace {
 
 struct Options {
   WorkloadOptions work;
-  std::string device = "auto", precision = "auto", recompute = "none", format = "terminal", batches;
+  std::string device = "auto", precision = "auto", recompute = "none", format = "terminal", out,
+              batches;
   std::vector<std::string> methods{"lora", "dora", "mixlora", "mixdora"};
   std::int64_t steps = 8, rows = 128, score_tokens = 1024;
   std::optional<double> memory_limit_gib;
@@ -182,6 +183,7 @@ std::int64_t down_rows(const std::vector<TrainJob>& jobs, double tokens) {
 }
 
 int bench(const Options& o) {
+  const Format format = format_named(o.format);
   RunSpec run;
   read(Json(o.device), run.device, "--device");
   read(Json(o.precision), run.precision, "--precision");
@@ -233,21 +235,25 @@ int bench(const Options& o) {
     // The replay has the mean step's rows; a step's own share of it goes by tokens.
     const double products_ms = 1000 * step_seconds / product_tokens;
     if (first == 0) first = f.ms_per_token;
-    const auto cell = [&](double v, int digits) {
-      return trained ? fmt::format("{:.{}f}", v, digits) : std::string("-");
+    const auto cell = [](bool there, double v, int digits) {
+      return there ? Cell(fmt::format("{:.{}f}", v, digits), v) : Cell("-");
     };
-    t.rows.push_back({method, cell(1000 / f.ms_per_token, 0), cell(f.ms, 1),
-                      first > 0 ? cell(f.ms_per_token / first, 3) : "-",
-                      cell(flops / product_tokens / f.ms_per_token * 1e-9, 2),
-                      cell(1000 / products_ms, 0), cell(100 * products_ms / f.ms_per_token, 1),
-                      trained ? write(f.recompute).get<std::string>() : "-", mib_text(f.planned),
-                      mib_text(f.measured), mib_text(f.measured / jobs.size()),
-                      o.rows > 0 ? fmt::format("{:.0f}", f.score_tokens_per_s) : "-",
-                      o.rows > 0 ? fmt::format("{:.1f}", 100 * f.score_tokens_per_s *
-                                                             forward_seconds / product_tokens)
-                                 : "-"});
+    const auto mib = [](std::size_t bytes) {
+      return bytes > 0 ? Cell(fmt::format("{:.1f}", static_cast<double>(bytes) / 1048576.0),
+                              static_cast<double>(bytes) / 1048576.0)
+                       : Cell("-");
+    };
+    t.rows.push_back(
+        {method, cell(trained, 1000 / f.ms_per_token, 0), cell(trained, f.ms, 1),
+         cell(trained && first > 0, f.ms_per_token / first, 3),
+         cell(trained, flops / product_tokens / f.ms_per_token * 1e-9, 2),
+         cell(trained, 1000 / products_ms, 0), cell(trained, 100 * products_ms / f.ms_per_token, 1),
+         trained ? Cell(write(f.recompute).get<std::string>()) : Cell("-"), mib(f.planned),
+         mib(f.measured), mib(f.measured / jobs.size()), cell(o.rows > 0, f.score_tokens_per_s, 0),
+         cell(o.rows > 0, 100 * f.score_tokens_per_s * forward_seconds / product_tokens, 1)});
   }
-  fmt::print("{}", render(t, format_named(o.format)));
+  fmt::print("{}", render(t, format));
+  if (!o.out.empty()) write_table(t, o.out);
   return kDone;
 }
 
@@ -270,6 +276,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
   c->add_option("--memory-limit", o->memory_limit_gib, "GiB that training may take")
       ->check(CLI::PositiveNumber);
   c->add_option("--format", o->format, "terminal, markdown, csv, latex, json");
+  c->add_option("--out", o->out, "folder for the table as .md, .csv, .tex and .json");
   c->add_option("--batches", o->batches, "write the trained batches' token ids here (JSON)");
   c->callback([=, &exit_code] { exit_code = bench(*o); });
 }

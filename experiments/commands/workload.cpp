@@ -120,8 +120,4 @@ std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job, s
   return jobs;
 }
 
-std::string mib_text(std::size_t bytes) {
-  return bytes == 0 ? "-" : fmt::format("{:.1f}", static_cast<double>(bytes) / 1048576.0);
-}
-
 }  // namespace mixlora

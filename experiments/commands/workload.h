@@ -37,7 +37,4 @@ Workload make_workload(const WorkloadOptions& o, const ModelConfig& config, std:
 /// "mixlora", or "mixlora+lora" for adapters that train in one step: their jobs, of unlike seeds.
 std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job, std::int64_t rank);
 
-/// "12.5", "-" for nothing.
-std::string mib_text(std::size_t bytes);
-
 }  // namespace mixlora

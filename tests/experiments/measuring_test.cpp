@@ -1,4 +1,4 @@
-// profile: its parts sum to the step, its trials are found, wrong input is told.
+// profile and bench: parts sum to the step, trials are found, packs are timed, wrong input is told.
 #include <algorithm>
 #include <map>
 
@@ -94,4 +94,49 @@ TEST_CASE("profile refuses what it cannot profile", "[experiments][profile]") {
     CHECK(o.err.find(expected) != std::string::npos);
     CHECK(o.out.empty());
   }
+}
+
+TEST_CASE("bench times adapters in one step, and says what does not fit", "[experiments][bench]") {
+  const Program p;
+  const auto bench = [&](const std::string& limit) {
+    return p.run({"bench",
+                  "--model",
+                  "tiny",
+                  "--shape",
+                  "3x16",
+                  "--methods",
+                  "lora,mixlora+mixlora",
+                  "--rank",
+                  "4",
+                  "--device",
+                  "cpu",
+                  "--steps",
+                  "2",
+                  "--rows",
+                  "2",
+                  "--recompute",
+                  "auto",
+                  "--memory-limit",
+                  limit,
+                  "--format",
+                  "json",
+                  "--out",
+                  "tables"});
+  };
+  const Output o = bench("1");
+  INFO(o.err);
+  REQUIRE(o.code == 0);
+  const Json table = parse_json(o.out, "bench");
+  REQUIRE(table["rows"].size() == 2);
+  const std::size_t all = column_of(table, "measured MiB"), each = column_of(table, "MiB each"),
+                    planned = column_of(table, "planned MiB");
+  CHECK(value_of(table, 0, all) == value_of(table, 0, each));
+  CHECK(value_of(table, 1, all) == Approx(2 * value_of(table, 1, each)));
+  CHECK(value_of(table, 1, all) == Approx(value_of(table, 1, planned)));
+  CHECK(value_of(table, 1, column_of(table, "tokens/s")) > 0);
+  CHECK(std::filesystem::exists(p.folder() / "tables/bench.json"));
+  const Output small = bench("0.0005");
+  CHECK(small.code == 0);
+  CHECK(small.err.find("lora: training needs") != std::string::npos);
+  CHECK(parse_json(small.out, "bench")["rows"][1]["cells"][1]["text"] == "does not fit");
 }
