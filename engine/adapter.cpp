@@ -86,20 +86,23 @@ AdapterLayout::AdapterLayout(const ModelConfig& model, const AdapterSpec& spec) 
   place(true);
 }
 
-void AdapterLayout::bind(void* value, void* grad, void* compute, DType compute_type,
-                         Device device) {
-  const auto at = [&](void* base, DType type, const Parameter& p) {
+void AdapterLayout::bind(void* value, void* grad, void* compute, DType compute_type, Device device,
+                         bool shared_grad) {
+  const auto at = [&](void* base, DType type, const Parameter& p, std::int64_t offset) {
     if (base == nullptr) return Tensor();
-    auto* bytes =
-        static_cast<std::byte*>(base) + static_cast<std::size_t>(p.offset) * size_of(type);
+    auto* bytes = static_cast<std::byte*>(base) + static_cast<std::size_t>(offset) * size_of(type);
     return Tensor(bytes, p.shape, type, device);
   };
-  for (auto& layer : layers) {
-    parameters(layer, [&](ParameterKind, Projection, Parameter& p) {
+  for (std::int64_t i = 0; i < layer_count(); ++i) {
+    parameters(layers[static_cast<std::size_t>(i)], [&](ParameterKind, Projection, Parameter& p) {
       if (!p.present()) return;
-      p.value = at(value, DType::f32, p);
-      p.grad = at(grad, DType::f32, p);
-      p.compute = compute == nullptr ? p.value : at(compute, compute_type, p);
+      // Within one layer's numbers: first what is before fast_begin, then the rest.
+      const std::int64_t in_layer = p.offset < fast_begin
+                                        ? p.offset - i * slow_stride()
+                                        : slow_stride() + p.offset - fast_begin - i * fast_stride();
+      p.value = at(value, DType::f32, p, p.offset);
+      p.grad = at(grad, DType::f32, p, shared_grad ? in_layer : p.offset);
+      p.compute = compute == nullptr ? p.value : at(compute, compute_type, p, p.offset);
     });
   }
 }

@@ -67,8 +67,14 @@ struct AdapterLayout {
   std::int64_t trainable = 0;                 // true number of parameters
 
   AdapterLayout(const ModelConfig& model, const AdapterSpec& spec);
-  /// Points every present parameter into flat blocks; any may be null.
-  void bind(void* value, void* grad, void* compute, DType compute_type, Device device);
+  std::int64_t layer_count() const { return static_cast<std::int64_t>(layers.size()); }
+  /// Points every present parameter into flat blocks; any may be null. `shared_grad`: the block of
+  /// gradients has the numbers of one layer, and all layers take turns in it.
+  void bind(void* value, void* grad, void* compute, DType compute_type, Device device,
+            bool shared_grad = false);
+  /// Numbers of one layer before `fast_begin` and from it on: layers are alike, end to end in both.
+  std::int64_t slow_stride() const { return fast_begin / layer_count(); }
+  std::int64_t fast_stride() const { return (elements - fast_begin) / layer_count(); }
 };
 
 /// A whole adapter on the host.

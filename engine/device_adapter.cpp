@@ -25,12 +25,14 @@ void declare_scales(Arena& arena, const AdapterLayer& l, DoraScales& s, bool inv
 }  // namespace
 
 DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const AdapterSpec& adapter,
-                             std::uint64_t trial_seed, bool trainable)
+                             std::uint64_t trial_seed, Update update)
     : spec(adapter),
       seed(trial_seed),
       layout(model, adapter),
       router(router_of(adapter)),
-      arena_("trainable") {
+      arena_("trainable"),
+      update_(update) {
+  const bool trainable = update != Update::none, by_layer = update == Update::by_layer;
   const auto target = [&](Projection p) {
     return spec.target_modules.at(static_cast<std::size_t>(p));
   };
@@ -48,7 +50,8 @@ DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const Adapt
   arena_.declare("values", values, flat, DType::f32);
   if (copies) arena_.declare("compute", compute, flat, ops.activation_type());
   if (trainable) {
-    arena_.declare("grads", grads, flat, DType::f32);
+    const Shape one_layer{layout.slow_stride() + layout.fast_stride()};
+    arena_.declare("grads", grads, by_layer ? one_layer : flat, DType::f32);
     const bool momentum = spec.method != Method::base;
     if (momentum) arena_.declare("moment1", moment1, flat, DType::f32);
     if (momentum) arena_.declare("moment2", moment2, flat, DType::f32);
@@ -67,7 +70,7 @@ DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const Adapt
     arena_.declare("aux", aux, {2}, DType::f32);
   }
   arena_.commit(ops);
-  layout.bind(values.data, grads.data, compute.data, ops.activation_type(), ops.device());
+  layout.bind(values.data, grads.data, compute.data, ops.activation_type(), ops.device(), by_layer);
 }
 
 void DeviceAdapter::upload(Backend& ops, std::span<const float> numbers) {
@@ -81,23 +84,46 @@ void DeviceAdapter::download(Backend& ops, std::span<float> numbers) const {
   if (!numbers.empty()) ops.download(numbers.data(), values);
 }
 
-void DeviceAdapter::step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast) {
-  stale_ = true;
-  const std::int64_t middle = layout.fast_begin, end = layout.elements;
-  const auto part = [](Tensor t, std::int64_t begin, std::int64_t stop) {
-    return t ? t.col_range(begin, stop).reshaped({stop - begin}) : t;
+void DeviceAdapter::begin_step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast) {
+  optim_ = optim;
+  slow_ = slow;
+  fast_ = fast;
+  ops.zero(grads);
+  if (update_ == Update::by_layer) ops.zero(norm_squared);
+}
+
+void DeviceAdapter::update(Backend& ops, std::int64_t begin, std::int64_t count,
+                           std::int64_t grad_begin, StepNumbers numbers) {
+  if (count == 0) return;
+  const auto part = [&](Tensor t, std::int64_t at) {
+    return t ? t.col_range(at, at + count).reshaped({count}) : t;
   };
-  for (auto [begin, stop, numbers] :
-       {std::tuple{std::int64_t{0}, middle, slow}, {middle, end, fast}}) {
-    if (begin == stop) continue;
-    const Tensor w = part(values, begin, stop), half = part(compute, begin, stop),
-                 g = part(grads, begin, stop), m = part(moment1, begin, stop),
-                 v = part(moment2, begin, stop);
-    if (optim == Optim::adamw)
-      ops.adamw(w, half, g, m, v, numbers, norm_squared);
-    else
-      ops.sgd(w, half, g, m, numbers, norm_squared);
-  }
+  const Tensor w = part(values, begin), half = part(compute, begin), g = part(grads, grad_begin),
+               m = part(moment1, begin), v = part(moment2, begin);
+  if (optim_ == Optim::adamw)
+    ops.adamw(w, half, g, m, v, numbers, norm_squared);
+  else
+    ops.sgd(w, half, g, m, numbers, norm_squared);
+}
+
+void DeviceAdapter::finish_layer(Backend& ops, std::size_t i) {
+  if (update_ != Update::by_layer || layout.elements == 0) return;
+  const trace::Range range(ops, "optimizer");
+  const auto at = static_cast<std::int64_t>(i);
+  const std::int64_t slow = layout.slow_stride(), fast = layout.fast_stride();
+  ops.sum_squares(norm_squared, grads, true);
+  update(ops, at * slow, slow, 0, slow_);
+  update(ops, layout.fast_begin + at * fast, fast, slow, fast_);
+  ops.zero(grads);
+}
+
+void DeviceAdapter::finish_step(Backend& ops) {
+  stale_ = true;
+  if (update_ != Update::after_backward) return;
+  const trace::Range range(ops, "optimizer");
+  ops.sum_squares(norm_squared, grads, false);
+  update(ops, 0, layout.fast_begin, 0, slow_);
+  update(ops, layout.fast_begin, layout.elements - layout.fast_begin, layout.fast_begin, fast_);
 }
 
 void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& scratch) {

@@ -23,10 +23,13 @@ struct DoraScales {
 /// Not movable: the arenas' views point into it.
 class DeviceAdapter {
  public:
-  /// Declares and takes the memory; `trainable` adds gradients, moments and DoRA's gradient
-  /// buffers.
+  /// When a layer's numbers are updated: after the whole backward pass, or right behind the layer's
+  /// own, which needs memory for one layer's gradients only (and no clipping by the norm of all, no
+  /// second pass that adds to them).
+  enum class Update : std::uint8_t { none, after_backward, by_layer };
+  /// Declares and takes the memory; an update adds gradients, moments and DoRA's gradient buffers.
   DeviceAdapter(Backend& ops, const ModelConfig& model, const AdapterSpec& spec, std::uint64_t seed,
-                bool trainable);
+                Update update);
   DeviceAdapter(const DeviceAdapter&) = delete;
   DeviceAdapter& operator=(const DeviceAdapter&) = delete;
 
@@ -36,8 +39,12 @@ class DeviceAdapter {
   void download(Backend& ops, std::span<float> numbers) const;
   /// Recomputes DoRA's scales when the numbers have changed since; all products through `ops`.
   void refresh_scales(Backend& ops, const Model& model, Scratch& scratch);
-  /// One optimizer step over all numbers; the squared gradient norm must be in `norm_squared`.
-  void step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast);
+  /// Before a step's first pass: no gradients yet, and by what numbers they will be used.
+  void begin_step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast);
+  /// Behind layer i's backward: updates it when that is this adapter's way.
+  void finish_layer(Backend& ops, std::size_t i);
+  /// Behind the step's last pass: updates what is not updated yet; `norm_squared` is then complete.
+  void finish_step(Backend& ops);
 
   AdapterSpec spec;
   std::uint64_t seed;
@@ -45,16 +52,24 @@ class DeviceAdapter {
   Router router;
   std::int64_t experts = 1, slots = 1, rank = 0;
   float attention_scale = 1, ffn_scale = 1, attention_p = 0, expert_p = 0;
-  Tensor values, compute, grads, moment1, moment2;  // flat
-  Tensor norm_squared;                              // (1) f32
-  std::vector<DoraScales> scales;                   // one a layer; empty without DoRA
-  DoraScales d_scales;                              // gradients of one layer's scales
-  Tensor stats, fraction, aux;  // (L, 2E+2), (L, E), (2): router statistics of a step
-  bool per_slot = false;        // DoRA on down_proj: the experts' outputs stay apart
+  Tensor values, compute, moment1, moment2;  // flat
+  Tensor grads;                              // flat; of one layer when updated by layer
+  Tensor norm_squared;                       // (1) f32
+  std::vector<DoraScales> scales;            // one a layer; empty without DoRA
+  DoraScales d_scales;                       // gradients of one layer's scales
+  Tensor stats, fraction, aux;               // (L, 2E+2), (L, E), (2): router statistics of a step
+  bool per_slot = false;                     // DoRA on down_proj: the experts' outputs stay apart
   std::size_t bytes() const { return arena_.bytes(); }
 
  private:
+  /// Updates `count` numbers from `begin` with the gradients from `grad_begin`.
+  void update(Backend& ops, std::int64_t begin, std::int64_t count, std::int64_t grad_begin,
+              StepNumbers numbers);
+
   Arena arena_;
+  Update update_;
+  Optim optim_ = Optim::adamw;
+  StepNumbers slow_, fast_;
   bool stale_ = true;
 };
 

@@ -58,7 +58,8 @@ std::vector<float> log_softmax(const std::vector<float>& x) {
 Scorer::Scorer(Backend& ops, const Model& model, const Adapter* adapter, std::int64_t max_tokens)
     : ops_(ops), model_(model), max_tokens_(max_tokens) {
   if (adapter == nullptr || adapter->spec().method == Method::base) return;
-  adapter_ = std::make_unique<DeviceAdapter>(ops, model.config, adapter->spec(), 0, false);
+  adapter_ = std::make_unique<DeviceAdapter>(ops, model.config, adapter->spec(), 0,
+                                             DeviceAdapter::Update::none);
   adapter_->upload(ops, adapter->numbers());
 }
 Scorer::~Scorer() = default;

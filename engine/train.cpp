@@ -152,6 +152,43 @@ std::vector<SampleOrder> orders_of(const std::vector<TrainJob>& jobs) {
   return orders;
 }
 
+/// When a job's numbers are updated at a recompute level. By layer saves all layers' gradients but
+/// one, and is as exact where nothing needs them together.
+DeviceAdapter::Update update_of(const TrainSpec& t, Recompute level) {
+  const bool one_pass = t.micro_batch_size == 0 || t.micro_batch_size >= t.batch_size;
+  return level != Recompute::none && one_pass && t.max_grad_norm == 0
+             ? DeviceAdapter::Update::by_layer
+             : DeviceAdapter::Update::after_backward;
+}
+
+/// The jobs' adapters on a device, with the numbers of their steps.
+struct DeviceJobs {
+  DeviceJobs(Backend& ops, const ModelConfig& model, const std::vector<TrainJob>& jobs,
+             Recompute level)
+      : arena("step numbers"), numbers(jobs.size()) {
+    for (std::size_t j = 0; j < jobs.size(); ++j) {
+      const TrainSpec& t = jobs[j].train;
+      adapters.push_back(std::make_unique<DeviceAdapter>(ops, model, jobs[j].adapter, t.seed,
+                                                         update_of(t, level)));
+      pointers.push_back(adapters.back().get());
+      for (Tensor& n : numbers[j]) arena.declare("numbers", n, {kNumbers}, DType::f32);
+    }
+    arena.commit(ops);
+  }
+  DeviceJobs(const DeviceJobs&) = delete;
+  DeviceJobs& operator=(const DeviceJobs&) = delete;
+  std::size_t bytes() const {
+    std::size_t n = arena.bytes();
+    for (const auto& a : adapters) n += a->bytes();
+    return n;
+  }
+
+  Arena arena;
+  std::vector<std::array<Tensor, 2>> numbers;  // by job: slow, fast
+  std::vector<std::unique_ptr<DeviceAdapter>> adapters;
+  std::vector<DeviceAdapter*> pointers;
+};
+
 /// One run of training: adapters on the device, the pass, the step numbers.
 class Training {
  public:
@@ -160,44 +197,31 @@ class Training {
         model_(model),
         jobs_(jobs),
         orders_(orders_of(jobs)),
-        numbers_arena_("step numbers") {
-    numbers_.resize(jobs.size());
-    for (std::size_t j = 0; j < jobs.size(); ++j) {
-      device_.push_back(std::make_unique<DeviceAdapter>(ops, model.config, jobs[j].adapter,
-                                                        jobs[j].train.seed, true));
-      pointers_.push_back(device_.back().get());
-      for (Tensor& t : numbers_[j]) numbers_arena_.declare("numbers", t, {kNumbers}, DType::f32);
-    }
-    numbers_arena_.commit(ops);
-    largest_ = largest_batch(jobs, orders_);
-  }
-  std::size_t adapter_bytes() const {
-    std::size_t n = numbers_arena_.bytes();
-    for (const auto& a : device_) n += a->bytes();
-    return n;
-  }
+        largest_(largest_batch(jobs, orders_)) {}
   std::size_t planned_bytes(Recompute level) const {
-    return model_.bytes() + adapter_bytes() + ops_.workspace_bytes() +
-           Pass::planned_bytes(ops_, model_, pointers_, largest_, true, level);
+    PlanBackend plan(ops_);
+    const DeviceJobs on_plan(plan, model_.config, jobs_, level);
+    return model_.bytes() + on_plan.bytes() + ops_.workspace_bytes() +
+           Pass::planned_bytes(ops_, model_, on_plan.pointers, largest_, true, level);
   }
+  /// Throws std::bad_alloc, and then holds nothing.
   void take_memory(Recompute level) {
-    pass_ = std::make_unique<Pass>(ops_, model_, pointers_, largest_, true, level);
+    auto on_device = std::make_unique<DeviceJobs>(ops_, model_.config, jobs_, level);
+    pass_ = std::make_unique<Pass>(ops_, model_, on_device->pointers, largest_, true, level);
+    device_ = std::move(on_device);
   }
   void initialise(std::vector<std::unique_ptr<Adapter>>& host);
   void run(TrainResult& result, const TrainObserver& observer);
 
  private:
-  void optimizer_step(std::size_t j, std::int64_t step);
+  void begin_step(std::size_t j, std::int64_t step);
 
   Backend& ops_;
   const Model& model_;
   const std::vector<TrainJob>& jobs_;
   std::vector<SampleOrder> orders_;
-  std::vector<std::unique_ptr<DeviceAdapter>> device_;
-  std::vector<DeviceAdapter*> pointers_;
-  Arena numbers_arena_;
-  std::vector<std::array<Tensor, 2>> numbers_;  // by job: slow, fast
   HostBatch largest_;
+  std::unique_ptr<DeviceJobs> device_;
   std::unique_ptr<Pass> pass_;
 };
 
@@ -220,20 +244,19 @@ void Training::initialise(std::vector<std::unique_ptr<Adapter>>& host) {
       host.resize(std::max(host.size(), j + 1));
       host[j] = std::move(a);
     }
-    device_[j]->upload(ops_, host[j]->numbers());
+    device_->adapters[j]->upload(ops_, host[j]->numbers());
   }
 }
 
-void Training::optimizer_step(std::size_t j, std::int64_t step) {
-  const trace::Range range(ops_, "optimizer");
+void Training::begin_step(std::size_t j, std::int64_t step) {
   const TrainSpec& t = jobs_[j].train;
   const double lr = learning_rate(t, step, orders_[j].steps());
   const auto slow = step_numbers(t, lr, step),
              fast = step_numbers(t, lr * t.loraplus_lr_ratio, step);
-  ops_.upload(numbers_[j][0], slow.data());
-  ops_.upload(numbers_[j][1], fast.data());
-  ops_.sum_squares(device_[j]->norm_squared, device_[j]->grads, false);
-  device_[j]->step(ops_, t.optim, numbers_[j][0], numbers_[j][1]);
+  const auto& numbers = device_->numbers[j];
+  ops_.upload(numbers[0], slow.data());
+  ops_.upload(numbers[1], fast.data());
+  device_->adapters[j]->begin_step(ops_, t.optim, numbers[0], numbers[1]);
 }
 
 void Training::run(TrainResult& result, const TrainObserver& observer) {
@@ -249,7 +272,7 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       if (step >= orders_[j].steps()) continue;
       micros = std::max(micros, orders_[j].micro_batches(step).size());
-      ops_.zero(device_[j]->grads);
+      begin_step(j, step + 1);
     }
     for (std::size_t micro = 0; micro < micros; ++micro) {
       const MicroBatch m = make_micro_batch(jobs_, orders_, step, micro);
@@ -262,15 +285,16 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
         r.entropy += losses[i].entropy * static_cast<double>(m.aux_factors[i]);
         r.tokens += part.row_end - part.row_begin;
         if (!losses[i].stats.empty())
-          loads[part.job].add(losses[i].stats, model_.config.layers, device_[part.job]->experts);
+          loads[part.job].add(losses[i].stats, model_.config.layers,
+                              device_->adapters[part.job]->experts);
       }
     }
     for (std::size_t j = 0; j < jobs_.size(); ++j)
-      if (step < orders_[j].steps()) optimizer_step(j, step + 1);
+      if (step < orders_[j].steps()) device_->adapters[j]->finish_step(ops_);
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       if (step >= orders_[j].steps()) continue;
       float squared = 0;
-      ops_.download(&squared, device_[j]->norm_squared);
+      ops_.download(&squared, device_->adapters[j]->norm_squared);
       StepRecord& r = records[j];
       r.job = static_cast<std::int64_t>(j);
       r.step = step + 1;
@@ -288,8 +312,8 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
     }
   }
   for (std::size_t j = 0; j < jobs_.size(); ++j) {
-    device_[j]->download(ops_, result.adapters[j]->numbers());
-    result.expert_load.push_back(loads[j].shares(device_[j]->experts));
+    device_->adapters[j]->download(ops_, result.adapters[j]->numbers());
+    result.expert_load.push_back(loads[j].shares(device_->adapters[j]->experts));
   }
 }
 

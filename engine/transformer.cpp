@@ -107,6 +107,8 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
     }
     feed_forward_backward(step, i, k, d_x);
     attention_backward(step, i, k, d_x);
+    for (const Group& g : step.groups)
+      if (g.adapter != nullptr) g.adapter->finish_layer(ops_, i);
   }
 }
 

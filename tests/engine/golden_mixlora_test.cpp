@@ -99,7 +99,7 @@ TEST_CASE("MixLoRA and MixDoRA are their equations, gradients and router losses 
     batch.end_part();
     check_close(logits, c["logits"].get<std::vector<double>>());
 
-    DeviceAdapter device(*ops, model->config, spec, 1, true);
+    DeviceAdapter device(*ops, model->config, spec, 1, DeviceAdapter::Update::after_backward);
     device.upload(*ops, adapter.numbers());
     Pass pass(*ops, *model, {&device}, batch, true, recompute);
     const auto losses = pass.train(batch, {1.0F});

@@ -1,4 +1,5 @@
 // Memory: the plan is what is taken, all of it before the first step ends; dropout trains only.
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 
@@ -103,6 +104,51 @@ TEST_CASE("training SmolLM2-135M takes what the plan says", "[engine][memory][sl
   const auto ops = make_cpu_backend();
   const auto model = Model::load(*ops, directory.string());
   require_planned_everywhere(*ops, *model, 2, 6);
+}
+
+TEST_CASE("updating by layer learns the same bits in less memory", "[engine][memory]") {
+  const auto ops = make_cpu_backend(Precision::fp32);
+  const auto model = Model::random_weights(*ops, tiny());
+  const auto trained = [&](const std::vector<TrainJob>& jobs, Recompute level) {
+    TrainOptions options;
+    options.recompute = level;
+    return train(*ops, *model, jobs, options, {});
+  };
+  const auto require_same = [&](const std::vector<TrainJob>& jobs) {
+    const TrainResult all = trained(jobs, Recompute::none),
+                      by_layer = trained(jobs, Recompute::layer);
+    for (std::size_t j = 0; j < jobs.size(); ++j) {
+      const auto x = all.adapters[j]->numbers(), y = by_layer.adapters[j]->numbers();
+      CHECK(std::equal(x.begin(), x.end(), y.begin(), y.end()));
+    }
+  };
+  std::vector<TrainJob> pack;
+  for (const auto method : {Method::lora, Method::dora, Method::mixlora, Method::mixdora}) {
+    INFO("method " << static_cast<int>(method));
+    TrainJob job = job_of(method, model->config.vocab, 4);
+    job.train.loraplus_lr_ratio = 4;
+    require_same({job});
+    pack.push_back(job);
+    // The gradients of all layers but one: what accumulation, or clipping, still needs.
+    TrainJob clipped = job, cut = job;
+    clipped.train.max_grad_norm = 1;
+    cut.train.micro_batch_size = 2;
+    require_same({clipped});
+    const auto bytes = [&](const TrainJob& j) {
+      return planned_training_bytes(*ops, model->config, {j}, Recompute::layer);
+    };
+    const AdapterLayout layout(model->config, job.adapter);
+    const auto saved = static_cast<std::size_t>(layout.elements) * sizeof(float) *
+                       static_cast<std::size_t>(tiny().layers - 1) /
+                       static_cast<std::size_t>(tiny().layers);
+    CHECK(bytes(clipped) - bytes(job) == saved);
+    const std::size_t less_rows = bytes(clipped) - bytes(cut);  // both keep all gradients
+    cut.train.max_grad_norm = 1;
+    CHECK(bytes(clipped) - bytes(cut) == less_rows);
+  }
+  pack[1].train.max_grad_norm = 1;  // one of four waits for its norm
+  pack[2].train.optim = Optim::sgd;
+  require_same(pack);
 }
 
 TEST_CASE("evaluation drops nothing", "[engine][dropout]") {
