@@ -1,4 +1,5 @@
 // Memory of the CPU backend: aligned zeroed blocks, counted.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -24,7 +25,7 @@ class CpuMemory final : public Memory {
 #if defined(MADV_HUGEPAGE)
     if (bytes >= kHuge) madvise(data_, bytes, MADV_HUGEPAGE);  // fewer page walks; may fail
 #endif
-    std::memset(data_, 0, bytes);
+    touch();
     owner_.allocated_ += bytes_;
     owner_.peak_ = owner_.allocated_ > owner_.peak_ ? owner_.allocated_ : owner_.peak_;
   }
@@ -37,6 +38,17 @@ class CpuMemory final : public Memory {
   void* data() override { return data_; }
 
  private:
+  /// Zeros everything on all threads: the first touch of a page is the kernel's (and a virtual
+  /// machine's host's) work, and one thread alone gets them at about 1 GB/s.
+  void touch() {
+    constexpr std::size_t kPiece = std::size_t{4} << 20;
+    cpu::parallel_for(
+        static_cast<std::int64_t>((bytes_ + kPiece - 1) / kPiece), [&](std::int64_t i) {
+          const std::size_t at = static_cast<std::size_t>(i) * kPiece;
+          std::memset(static_cast<std::byte*>(data_) + at, 0, std::min(kPiece, bytes_ - at));
+        });
+  }
+
   CpuBackend& owner_;
   std::size_t bytes_;
   void* data_ = nullptr;
