@@ -137,6 +137,9 @@ class Backend {
   /// weights, work space).
   virtual std::size_t allocated_bytes() const = 0;
   virtual std::size_t peak_bytes() const = 0;
+  /// Bytes of the device in use as its driver says, by whatever process, its own needs included; on
+  /// the host what this backend has.
+  virtual std::size_t device_bytes() const { return allocated_bytes(); }
   /// Bytes the backend takes for itself (work space, handles) beside what it is asked for.
   virtual std::size_t workspace_bytes() const = 0;
   virtual void zero(Tensor x) = 0;

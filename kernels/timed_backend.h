@@ -69,6 +69,7 @@ class TimedBackend final : public Backend {
   void synchronize() override { inner_.synchronize(); }
   std::size_t allocated_bytes() const override { return inner_.allocated_bytes(); }
   std::size_t peak_bytes() const override { return inner_.peak_bytes(); }
+  std::size_t device_bytes() const override { return inner_.device_bytes(); }
   std::size_t workspace_bytes() const override { return inner_.workspace_bytes(); }
   std::size_t matrix_bytes(std::int64_t out, std::int64_t in) const override {
     return inner_.matrix_bytes(out, in);

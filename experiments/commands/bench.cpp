@@ -31,7 +31,7 @@ struct Figures {
   bool fits = true;
   double ms_per_token = 0, ms = 0, tokens = 0;  // of a step; tokens of all its adapters
   Recompute recompute = Recompute::none;
-  std::size_t planned = 0, measured = 0;
+  std::size_t planned = 0, measured = 0, device = 0;
   double score_tokens_per_s = 0;
 };
 
@@ -129,6 +129,7 @@ Figures measure(Backend& ops, const Model& model, const Options& o, const RunSpe
     std::vector<double> ms, tokens;  // by step, from the second: the first one warms up
     TrainObserver observer;
     observer.on_step = [&](const StepRecord& r) {
+      f.device = std::max(f.device, ops.device_bytes());
       if (r.step == 1) return;
       ms.resize(static_cast<std::size_t>(r.step - 1), r.ms);
       tokens.resize(ms.size());
@@ -194,21 +195,23 @@ int bench(const Options& o) {
   const auto model = Model::load(*ops, o.work.model);
   if (!o.batches.empty()) write_batches(o.batches, work.job);
 
-  Table t{
-      "bench",
-      fmt::format("{}, {}, {:.0f} tokens a step and adapter, on {}", o.work.model, work.name,
-                  work.tokens, ops->description()),
-      fmt::format("Share: of the method's products alone, the frozen matrices' forward and "
-                  "backward of the same step and nothing else, timed just before it; TFLOP/s "
-                  "counts these products. Medians of {} steps after the first. MiB each: "
-                  "measured, over the adapters in the step.{}",
-                  work.steps - 1,
-                  o.memory_limit_gib ? fmt::format(" Memory limit: {} GiB ({:.1f} MiB).",
-                                                   *o.memory_limit_gib, 1024 * *o.memory_limit_gib)
-                                     : ""),
-      {"method", "tokens/s", "ms/step", "x first", "TFLOP/s", "products tokens/s", "share %",
-       "recompute", "planned MiB", "measured MiB", "MiB each", "scoring tokens/s", "share %"},
-      {}};
+  Table t{"bench",
+          fmt::format("{}, {}, {:.0f} tokens a step and adapter, on {}", o.work.model, work.name,
+                      work.tokens, ops->description()),
+          fmt::format(
+              "Share: of the method's products alone, the frozen matrices' forward and "
+              "backward of the same step and nothing else, timed just before it; TFLOP/s "
+              "counts these products. Medians of {} steps after the first. Device MiB: in use as "
+              "the driver says, its own needs included. MiB each: "
+              "measured, over the adapters in the step.{}",
+              work.steps - 1,
+              o.memory_limit_gib ? fmt::format(" Memory limit: {} GiB ({:.1f} MiB).",
+                                               *o.memory_limit_gib, 1024 * *o.memory_limit_gib)
+                                 : ""),
+          {"method", "tokens/s", "ms/step", "x first", "TFLOP/s", "products tokens/s", "share %",
+           "recompute", "planned MiB", "measured MiB", "device MiB", "MiB each", "scoring tokens/s",
+           "share %"},
+          {}};
   double first = 0;
   for (const auto& method : o.methods) {
     const std::vector<TrainJob> jobs = jobs_of(method, work.job, o.work.rank);
@@ -249,7 +252,8 @@ int bench(const Options& o) {
          cell(trained, flops / product_tokens / f.ms_per_token * 1e-9, 2),
          cell(trained, 1000 / products_ms, 0), cell(trained, 100 * products_ms / f.ms_per_token, 1),
          trained ? Cell(write(f.recompute).get<std::string>()) : Cell("-"), mib(f.planned),
-         mib(f.measured), mib(f.measured / jobs.size()), cell(o.rows > 0, f.score_tokens_per_s, 0),
+         mib(f.measured), mib(f.device), mib(f.measured / jobs.size()),
+         cell(o.rows > 0, f.score_tokens_per_s, 0),
          cell(o.rows > 0, 100 * f.score_tokens_per_s * forward_seconds / product_tokens, 1)});
   }
   fmt::print("{}", render(t, format));

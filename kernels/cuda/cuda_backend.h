@@ -27,6 +27,7 @@ class CudaBackend final : public Backend {
   void synchronize() override;
   std::size_t allocated_bytes() const override { return allocated_; }
   std::size_t peak_bytes() const override { return peak_; }
+  std::size_t device_bytes() const override;
   std::size_t workspace_bytes() const override;
   void zero(Tensor x) override;
   void copy(Tensor dst, ConstTensor src) override;

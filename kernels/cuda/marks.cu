@@ -11,18 +11,16 @@ using cuda::check;
 /// Events of the stream; made once and used again.
 class EventMarks final : public TimeMarks {
  public:
-  explicit EventMarks(cudaStream_t stream) : stream_(stream) {}
+  explicit EventMarks(cudaStream_t stream) : stream_(stream) {
+    while (events_.size() < kFirst) make();
+  }
   ~EventMarks() override {
     for (cudaEvent_t e : events_) cudaEventDestroy(e);
   }
   EventMarks(const EventMarks&) = delete;
   EventMarks& operator=(const EventMarks&) = delete;
   std::size_t mark() override {
-    if (used_ == events_.size()) {
-      cudaEvent_t event = nullptr;
-      check(cudaEventCreate(&event), "an event");
-      events_.push_back(event);
-    }
+    if (used_ == events_.size()) make();
     check(cudaEventRecord(events_[used_], stream_), "a time mark");
     return used_++;
   }
@@ -34,6 +32,13 @@ class EventMarks final : public TimeMarks {
   void clear() override { used_ = 0; }
 
  private:
+  static constexpr std::size_t kFirst = 8192;  // of a usual step: made before it is timed
+  void make() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreate(&event), "an event");
+    events_.push_back(event);
+  }
+
   cudaStream_t stream_;
   std::vector<cudaEvent_t> events_;
   std::size_t used_ = 0;

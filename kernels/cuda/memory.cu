@@ -124,6 +124,11 @@ std::string CudaBackend::description() const {
 std::unique_ptr<Memory> CudaBackend::allocate(std::size_t bytes) {
   return std::make_unique<CudaMemory>(*this, bytes);
 }
+std::size_t CudaBackend::device_bytes() const {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "the device's memory");
+  return total - free;
+}
 std::size_t CudaBackend::workspace_bytes() const { return kRoomBytes + Products::kWorkspaceBytes; }
 
 CudaBackend::Room CudaBackend::room() const {
