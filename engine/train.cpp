@@ -211,9 +211,12 @@ class Training {
     device_ = std::move(on_device);
   }
   void initialise(std::vector<std::unique_ptr<Adapter>>& host);
-  void run(TrainResult& result, const TrainObserver& observer);
+  void run(TrainResult& result, const TrainObserver& observer, const TrainState* resume);
 
  private:
+  TrainState state(std::int64_t step, Recompute level, const std::vector<LoadCounter>& loads) const;
+  /// Throws InputError when the state is not of these jobs.
+  void restore(const TrainState& from, std::vector<LoadCounter>& loads);
   void begin_step(std::size_t j, std::int64_t step);
 
   Backend& ops_;
@@ -259,12 +262,50 @@ void Training::begin_step(std::size_t j, std::int64_t step) {
   device_->adapters[j]->begin_step(ops_, t.optim, numbers[0], numbers[1]);
 }
 
-void Training::run(TrainResult& result, const TrainObserver& observer) {
+TrainState Training::state(std::int64_t step, Recompute level,
+                           const std::vector<LoadCounter>& loads) const {
+  TrainState out{level, step, {}};
+  for (std::size_t j = 0; j < jobs_.size(); ++j) {
+    const DeviceAdapter& a = *device_->adapters[j];
+    TrainState::Job& job = out.jobs.emplace_back();
+    for (auto [numbers, t] :
+         {std::pair{&job.values, a.values}, {&job.moment1, a.moment1}, {&job.moment2, a.moment2}}) {
+      numbers->resize(static_cast<std::size_t>(t ? t.numel() : 0));
+      if (t) ops_.download(numbers->data(), t);
+    }
+    job.expert_counts = loads[j].counts;
+  }
+  return out;
+}
+
+void Training::restore(const TrainState& from, std::vector<LoadCounter>& loads) {
+  require(from.jobs.size() == jobs_.size(), "a training state of {} jobs; expected {}",
+          from.jobs.size(), jobs_.size());
+  for (std::size_t j = 0; j < jobs_.size(); ++j) {
+    DeviceAdapter& a = *device_->adapters[j];
+    const TrainState::Job& job = from.jobs[j];
+    for (auto [numbers, t] :
+         {std::pair{&job.values, a.values}, {&job.moment1, a.moment1}, {&job.moment2, a.moment2}}) {
+      const std::int64_t count = t ? t.numel() : 0;
+      require(static_cast<std::int64_t>(numbers->size()) == count,
+              "a training state of {} numbers; expected {}", numbers->size(), count);
+      if (t && t.data != a.values.data) ops_.upload(t, numbers->data());
+    }
+    a.upload(ops_, job.values);
+    loads[j].counts = job.expert_counts;
+  }
+}
+
+void Training::run(TrainResult& result, const TrainObserver& observer, const TrainState* resume) {
   std::int64_t steps = 0;
   for (const auto& o : orders_) steps = std::max(steps, o.steps());
   std::vector<LoadCounter> loads(jobs_.size());
-  for (std::int64_t step = 0; step < steps; ++step) {
-    if (observer.stop && observer.stop()) throw Interrupted("stopped between training steps");
+  if (resume != nullptr) restore(*resume, loads);
+  for (std::int64_t step = resume != nullptr ? resume->step : 0; step < steps; ++step) {
+    if (observer.stop && observer.stop()) {
+      if (observer.on_state) observer.on_state(state(step, result.recompute, loads));
+      throw Interrupted("stopped between training steps");
+    }
     const trace::Range range(ops_, "step", step + 1);
     const auto start = std::chrono::steady_clock::now();
     std::vector<StepRecord> records(jobs_.size());
@@ -310,6 +351,8 @@ void Training::run(TrainResult& result, const TrainObserver& observer) {
       records[j].ms = ms;
       if (observer.on_step) observer.on_step(records[j]);
     }
+    if (observer.wants_state && observer.wants_state())
+      observer.on_state(state(step + 1, result.recompute, loads));
   }
   for (std::size_t j = 0; j < jobs_.size(); ++j) {
     device_->adapters[j]->download(ops_, result.adapters[j]->numbers());
@@ -335,7 +378,8 @@ TrainResult train(Backend& ops, const Model& model, const std::vector<TrainJob>&
   Training training(ops, model, jobs);
   std::size_t least = 0;
   bool fits = false;
-  for (const Recompute level : levels_of(options.recompute)) {
+  const Recompute asked = options.resume != nullptr ? options.resume->recompute : options.recompute;
+  for (const Recompute level : levels_of(asked)) {
     result.planned_bytes = least = training.planned_bytes(level);
     if (options.memory_limit > 0 && least > options.memory_limit) continue;
     try {
@@ -353,7 +397,7 @@ TrainResult train(Backend& ops, const Model& model, const std::vector<TrainJob>&
         options.memory_limit > 0 ? fmt::format("{:.2f} GiB", gib(options.memory_limit))
                                  : std::string("what the device has free")));
   training.initialise(result.adapters);
-  training.run(result, observer);
+  training.run(result, observer, options.resume);
   result.measured_bytes =
       ops.allocated_bytes();  // nothing was taken or given back since the first step
   return result;

@@ -46,9 +46,23 @@ struct ExpertLoad {
   double share = 0;
 };
 
+/// Everything that training changes, between two steps: what it can go on from, to the bit.
+struct TrainState {
+  struct Job {
+    std::vector<float> values, moment1, moment2;  // flat
+    std::vector<double> expert_counts;            // (L, E): router choices so far
+  };
+  Recompute recompute = Recompute::none;
+  std::int64_t step = 0;  // steps done
+  std::vector<Job> jobs;
+};
+
 struct TrainObserver {
   std::function<void(const StepRecord&)> on_step;
   std::function<bool()> stop;  // asked between steps; true ends training early with Interrupted
+  /// Asked behind each step; true, or a stop, hands the state to on_state.
+  std::function<bool()> wants_state;
+  std::function<void(const TrainState&)> on_state;
 };
 
 /// Training was asked to stop between two steps.
@@ -59,6 +73,7 @@ struct Interrupted : std::runtime_error {
 struct TrainOptions {
   std::size_t memory_limit = 0;  // bytes; 0: what the device has
   Recompute recompute = Recompute::automatic;
+  const TrainState* resume = nullptr;  // of the same jobs; `recompute` is then its own
 };
 
 struct TrainResult {

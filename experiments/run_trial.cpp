@@ -1,8 +1,11 @@
 #include "experiments/run_trial.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "engine/scorer.h"
+#include "experiments/environment.h"
+#include "experiments/saved_training.h"
 #include "experiments/timing.h"
 #include "suites/prompt.h"
 
@@ -84,7 +87,72 @@ void record_training(const Workbench& bench, std::span<const RunningTrial> pack,
   }
 }
 
+/// What must be the same for a saved training to end with the bits of one that was left alone.
+std::string identity_of(const Workbench& bench, std::span<const RunningTrial> pack) {
+  std::string out = version_text() + "; " + bench.ops.description();
+  for (const RunningTrial& r : pack) out += "; " + r.trial->key;
+  return out;
+}
+
+/// The saved state of a pack, kept up to date while it trains.
+class Saving {
+ public:
+  Saving(const Workbench& bench, std::span<const RunningTrial> pack, double every,
+         const TrialObserver& observer)
+      : identity_(identity_of(bench, pack)), every_(every), observer_(observer) {
+    if (every > 0) file_ = state_file(bench, pack);
+  }
+  /// What an earlier run saved of this pack, if it can go on from it.
+  void read() {
+    if (file_.empty()) return;
+    try {
+      if (auto saved = read_training(file_, identity_)) {
+        resumed_ = std::move(saved->state);
+        records_ = std::move(saved->records);
+        note(fmt::format("going on behind step {}", resumed_->step));
+      }
+    } catch (const InputError& e) {
+      note(fmt::format("training starts anew: {}", e.what()));
+    }
+  }
+  const TrainState* resumed() const { return resumed_ ? &*resumed_ : nullptr; }
+  const std::vector<StepRecord>& records() const { return records_; }
+  void add(const StepRecord& r) {
+    if (!file_.empty()) records_.push_back(r);
+  }
+  bool due() const { return !file_.empty() && seconds_since(last_) >= every_; }
+  /// A state that cannot be written costs a later run time and this one nothing.
+  void write(const TrainState& state) {
+    if (file_.empty()) return;
+    try {
+      std::filesystem::create_directories(file_.parent_path());
+      write_training(file_, identity_, state, records_);
+    } catch (const std::exception& e) {
+      note(fmt::format("the training's state is not saved: {}", e.what()));
+      file_.clear();
+    }
+    last_ = Clock::now();
+  }
+
+ private:
+  void note(const std::string& text) const {
+    if (observer_.on_note) observer_.on_note(text);
+  }
+
+  std::string identity_;
+  double every_;
+  const TrialObserver& observer_;
+  std::filesystem::path file_;
+  std::optional<TrainState> resumed_;
+  std::vector<StepRecord> records_;
+  Clock::time_point last_ = Clock::now();
+};
+
 }  // namespace
+
+std::filesystem::path state_file(const Workbench& bench, std::span<const RunningTrial> pack) {
+  return bench.states.empty() ? bench.states : bench.states / pack.front().trial->key;
+}
 
 std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
                                                  std::span<const RunningTrial> pack,
@@ -102,19 +170,32 @@ std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
   TrainSummary sum;
   StepTimes times;
   std::vector<std::int64_t> steps(pack.size());
-  const TrainObserver each_step{[&](const StepRecord& r) {
-                                  const auto job = static_cast<std::size_t>(r.job);
-                                  store.step(pack[job].attempt, r);
-                                  times.add(r);
-                                  steps[job] = r.step;
-                                  sum.steps = std::max(sum.steps, r.step);
-                                  sum.tokens += r.tokens;
-                                  if (observer.on_step) observer.on_step(r);
-                                },
-                                observer.stop};
+  Saving saving(bench, pack, run.save_every_seconds, observer);
+  const auto write_step = [&](const StepRecord& r) {
+    const auto job = static_cast<std::size_t>(r.job);
+    store.step(pack[job].attempt, r);
+    times.add(r);
+    steps[job] = r.step;
+    sum.steps = std::max(sum.steps, r.step);
+    sum.tokens += r.tokens;
+    if (observer.on_step) observer.on_step(r);
+  };
+  const TrainObserver each_step{.on_step =
+                                    [&](const StepRecord& r) {
+                                      write_step(r);
+                                      saving.add(r);
+                                    },
+                                .stop = observer.stop,
+                                .wants_state = [&] { return saving.due(); },
+                                .on_state = [&](const TrainState& state) { saving.write(state); }};
+  saving.read();
+  options.resume = saving.resumed();
+  for (const StepRecord& r : saving.records()) write_step(r);
+  double before = 0;  // seconds that earlier attempts took for the steps done
+  for (const double ms : times.ms) before += ms / 1000;
   const auto start = Clock::now();
   TrainResult result = train(bench.ops, bench.model, jobs, options, each_step);
-  sum.seconds = seconds_since(start);
+  sum.seconds = before + seconds_since(start);
   sum.peak_bytes = result.measured_bytes;
   sum.recompute = result.recompute;
   record_training(bench, pack, result, times, steps, sum, store);

@@ -22,6 +22,7 @@ struct Workbench {
   const Tokenizer* tokenizer;  // null for a shape
   std::string model_source;
   std::filesystem::path adapters;  // where trained adapters go; empty: nowhere
+  std::filesystem::path states;    // where unfinished trainings are saved; empty: nowhere
 };
 
 /// A trial that runs, under its attempt's rows.
@@ -44,11 +45,15 @@ struct TrialObserver {
   std::function<void(const Trial&, const std::string& suite, std::size_t asked, std::size_t of)>
       on_asked;
   std::function<void(const Trial&, const Evaluation&)> on_score;
+  std::function<void(const std::string&)> on_note;  // what a user should know and nothing fails by
   std::function<bool()> stop;  // asked between steps and between batches of questions
 };
 
-/// Trains the adapters of `pack` (none of method base) in one step over one base; throws what went
-/// wrong. Rows of each attempt are written on the way.
+/// Where a pack's unfinished training is saved; empty when nowhere.
+std::filesystem::path state_file(const Workbench& bench, std::span<const RunningTrial> pack);
+/// Trains the adapters of `pack` (none of method base) in one step over one base, from where a
+/// saved training of them ended; throws what went wrong. Rows of each attempt are written on the
+/// way. The saved state stays: scoring may be killed too.
 std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
                                                  std::span<const RunningTrial> pack,
                                                  const RunSpec& run, Texts& texts, Store& store,

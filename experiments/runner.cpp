@@ -87,14 +87,23 @@ bool PlanRun::run(const std::vector<std::size_t>& pack) {
   if (observer_.on_pack) observer_.on_pack(trials);
   for (const Trial* t : trials)
     running.push_back({t, store_.begin_attempt(t->key, device_, environment_)});
+  std::filesystem::path saved;
+  const auto forget_saved = [&] {  // what ended, well or not, has nothing to go on from
+    std::error_code ignored;
+    if (!saved.empty() && !outcome_.stopped) std::filesystem::remove(saved, ignored);
+  };
   std::vector<std::unique_ptr<Adapter>> adapters(pack.size());
   const bool trained = guarded(running, pack.size() > 1, [&] {
     const TrialPlan& first = plan_.trials[pack.front()];
     if (!first.fits) throw OutOfMemory(first.why);
-    if (trials.front()->spec.adapter.method != Method::base)
-      adapters = train_pack(bench_(), running, sweep_.run, texts_, store_, observer_.trial);
+    if (trials.front()->spec.adapter.method == Method::base) return;
+    saved = state_file(bench_(), running);
+    adapters = train_pack(bench_(), running, sweep_.run, texts_, store_, observer_.trial);
   });
-  if (!trained) return false;
+  if (!trained) {
+    forget_saved();
+    return false;
+  }
   for (std::size_t j = 0; j < running.size(); ++j) {
     const std::span one(&running[j], 1);
     if (outcome_.stopped) {
@@ -107,6 +116,7 @@ bool PlanRun::run(const std::vector<std::size_t>& pack) {
     }
     adapters[j].reset();
   }
+  forget_saved();
   return true;
 }
 

@@ -35,6 +35,9 @@ Sweep parse_sweep(const Json& json, const std::string& file) {
   require(!parts.run.memory_limit_gib || *parts.run.memory_limit_gib > 0,
           "{}: run.memory_limit_gib: {}; expected more than 0, or null for what the device has",
           file, parts.run.memory_limit_gib.value_or(0));
+  require(parts.run.save_every_seconds >= 0,
+          "{}: run.save_every_seconds: {}; expected 0 (never) or more", file,
+          parts.run.save_every_seconds);
   const auto& known = table_names();
   for (std::size_t i = 0; i < parts.tables.size(); ++i)
     if (std::find(known.begin(), known.end(), parts.tables[i]) == known.end())

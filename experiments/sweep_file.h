@@ -23,6 +23,7 @@ struct RunSpec {
   Recompute recompute = Recompute::automatic;
   Pack pack;
   bool keep_adapters = true;
+  double save_every_seconds = 60;  // of training; 0: never
   /// memory_limit_gib in bytes; 0: no limit is set.
   std::size_t memory_limit_bytes() const {
     constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
@@ -89,6 +90,7 @@ template <class V> void fields(V& v, RunSpec& s) {
   v("recompute", s.recompute);
   v("pack", s.pack);
   v("keep_adapters", s.keep_adapters);
+  v("save_every_seconds", s.save_every_seconds);
 }
 template <class V> void fields(V& v, Axis& s) {
   v("name", s.name);

@@ -39,6 +39,8 @@ const std::map<std::string, const char*>& descriptions() {
        "Trials trained in one step over one base: auto (GPU: as many as fit, at most "
        "8; CPU: off), off, or at most so many."},
       {"run.keep_adapters", "Write trained adapters to runs/NAME-adapters/KEY."},
+      {"run.save_every_seconds",
+       "Seconds of training between two saved states that a killed run goes on from; 0: none."},
       {"adapter", "What is trained."},
       {"adapter.method", "base asks the untrained model."},
       {"adapter.r", "Rank."},

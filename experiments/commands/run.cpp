@@ -33,17 +33,18 @@ struct Options {
 class LazyBench {
  public:
   LazyBench(Backend& ops, const Tokenizer* tokenizer, std::string source,
-            std::filesystem::path adapters, Progress& progress)
+            std::filesystem::path adapters, std::filesystem::path states, Progress& progress)
       : ops_(ops),
         tokenizer_(tokenizer),
         source_(std::move(source)),
         adapters_(std::move(adapters)),
+        states_(std::move(states)),
         progress_(progress) {}
   const Workbench& operator()() {
     if (bench_) return *bench_;
     progress_.say("loading " + source_);
     model_ = Model::load(ops_, source_);
-    bench_.emplace(Workbench{ops_, *model_, tokenizer_, source_, adapters_});
+    bench_.emplace(Workbench{ops_, *model_, tokenizer_, source_, adapters_, states_});
     return *bench_;
   }
 
@@ -51,7 +52,7 @@ class LazyBench {
   Backend& ops_;
   const Tokenizer* tokenizer_;
   std::string source_;
-  std::filesystem::path adapters_;
+  std::filesystem::path adapters_, states_;
   Progress& progress_;
   std::unique_ptr<Model> model_;
   std::optional<Workbench> bench_;
@@ -75,6 +76,7 @@ RunObserver observer_of(Progress& p) {
     p.asked(t, suite, n, of);
   };
   o.trial.on_score = [&](const Trial& t, const Evaluation& e) { p.score(t, e); };
+  o.trial.on_note = [&](const std::string& text) { p.say(text); };
   o.trial.stop = [] { return stop_asked != 0; };
   return o;
 }
@@ -115,7 +117,7 @@ int run(const Options& o) {
   LazyBench bench(*ops, tokenizer.get(), source,
                   sweep.run.keep_adapters ? path.parent_path() / (sweep.name + "-adapters")
                                           : std::filesystem::path(),
-                  progress);
+                  std::filesystem::path(path).replace_extension("") += "-training", progress);
   const RunOutcome outcome = run_plan(
       sweep, plan, texts, store, ops->description(), environment_of(*ops),
       [&]() -> const Workbench& { return bench(); }, observer_of(progress));

@@ -38,7 +38,9 @@ double seconds_of(const std::function<void()>& f) {
 TEST_CASE("a run killed at random moments goes on where it was, and ends with the same bits",
           "[experiments][resume]") {
   const Program p;
-  p.write_sweep("s.json", kMethods, R"({"base": {"train": {"num_epochs": 1}}})");
+  // Longer trials than steps, and states saved every few steps: most kills hit within training.
+  p.write_sweep("s.json", kMethods, R"({"base": {"train": {"num_epochs": 2}},
+    "run": {"save_every_seconds": 0.01}})");
   const auto store = [&](int i) { return p.folder() / fmt::format("{}.db", i); };
   REQUIRE(p.run({"run", "s.json", "--db", "whole.db"}).code == 0);
   // The second run is the one that is timed: files are in memory then.
@@ -49,12 +51,13 @@ TEST_CASE("a run killed at random moments goes on where it was, and ends with th
 
   std::mt19937 random(20240607);
   std::uniform_real_distribution<double> moment(0, seconds);
-  int kills = 0, stores = 0;
+  int kills = 0, stores = 0, resumed = 0;
   std::int64_t done = 0;
   for (int tries = 0; kills < kKills && tries < 4 * kKills; ++tries) {
     const Output o = p.run_and_signal({"run", "s.json", "--db", store(stores).string()}, SIGKILL,
                                       moment(random));
     const bool there = std::filesystem::exists(store(stores));
+    resumed += o.err.find("going on behind step") != std::string::npos ? 1 : 0;
     if (o.code == 128 + SIGKILL) {
       ++kills;
       const std::int64_t now = there ? finished_in(store(stores)) : 0;
@@ -68,6 +71,7 @@ TEST_CASE("a run killed at random moments goes on where it was, and ends with th
     done = 0;
   }
   CHECK(kills == kKills);
+  CHECK(resumed > 0);
   const Output last = p.run({"run", "s.json", "--db", store(stores).string()});
   INFO(last.err);
   REQUIRE(last.code == 0);
@@ -76,7 +80,63 @@ TEST_CASE("a run killed at random moments goes on where it was, and ends with th
     CHECK(count_of(store(i), "SELECT count(*) FROM attempt WHERE outcome = 'done'") ==
           static_cast<std::int64_t>(kMethods.size()));
     CHECK(count_of(store(i), "SELECT count(*) FROM attempt WHERE outcome = 'running'") == 0);
+    const auto states = std::filesystem::path(store(i)).replace_extension("") += "-training";
+    CHECK((!std::filesystem::exists(states) || std::filesystem::is_empty(states)));
   }
+}
+
+TEST_CASE("training goes on from its saved state, and anew when that is spoilt or another's",
+          "[experiments][resume]") {
+  const Program p;
+  p.write_sweep("s.json", {"mixdora"}, R"({"base": {"train": {"num_epochs": 25}},
+    "run": {"save_every_seconds": 0.01}})");
+  REQUIRE(p.run({"run", "s.json", "--db", "whole.db"}).code == 0);
+  const std::string expected = results_of(p.folder() / "whole.db");
+
+  // Stopped between two steps: the state is of the very last one.
+  const Output stopped = p.run_and_signal({"run", "s.json", "--db", "s.db"}, SIGTERM, 0.3);
+  REQUIRE(stopped.code == 130);
+  const auto state = std::filesystem::directory_iterator(p.folder() / "s-training")->path();
+  const std::string whole = read_text(state);
+  REQUIRE(whole.size() > 10000);
+  const std::int64_t steps = count_of(p.folder() / "s.db", "SELECT count(*) FROM step");
+  std::filesystem::copy_file(p.folder() / "s.db", p.folder() / "other.db");
+  std::filesystem::copy(p.folder() / "s-training", p.folder() / "other-training");
+
+  const Output on = p.run({"run", "s.json", "--db", "s.db"});
+  INFO(on.err);
+  REQUIRE(on.code == 0);
+  CHECK(on.err.find(fmt::format("going on behind step {}", steps)) != std::string::npos);
+  CHECK(results_of(p.folder() / "s.db") == expected);
+  CHECK(!std::filesystem::exists(state));
+
+  const auto other = p.folder() / "other-training" / state.filename();
+  const std::string saved_by = "mixlora-bench training state 1";
+  const auto spoilt = [&](std::string text, const std::string& message) {
+    std::ofstream(other, std::ios::binary | std::ios::trunc) << text;
+    std::filesystem::copy_file(p.folder() / "other.db", p.folder() / "again.db",
+                               std::filesystem::copy_options::overwrite_existing);
+    std::filesystem::remove_all(p.folder() / "again-training");
+    std::filesystem::copy(p.folder() / "other-training", p.folder() / "again-training");
+    const Output again = p.run({"run", "s.json", "--db", "again.db"});
+    INFO(again.err);
+    CHECK(again.code == 0);
+    CHECK(again.err.find("training starts anew: ") != std::string::npos);
+    CHECK(again.err.find(message) != std::string::npos);
+    CHECK(results_of(p.folder() / "again.db") == expected);
+  };
+  const auto with = [&](const std::string& part, const std::string& replacement) {
+    std::string text = whole;
+    return text.replace(text.find(part), part.size(), replacement);
+  };
+  std::string flipped = whole;
+  flipped[whole.size() / 2] = static_cast<char>(flipped[whole.size() / 2] ^ 1);
+  spoilt(flipped, "wrong SHA-256");
+  spoilt(whole.substr(0, whole.size() / 2), "wrong SHA-256");
+  spoilt(with(saved_by, "another program's file"), "not a training state of this version");
+  spoilt(with("commit", "Commit"), "saved by another build");
+  spoilt("", "no header line");
+  spoilt("{}\n", "not a training state");
 }
 
 TEST_CASE("Ctrl-C ends a run cleanly with 130, and the same command goes on",
