@@ -248,6 +248,16 @@ void add_mixture_cases(std::vector<OpCase>& t) {
        0.05F},
       {"MixDoRA 32x1536 E8 K2 r16 (SmolLM2)", 32, 1536, 8, 2, 16, true, true, true, true, true,
        0.05F},
+      {"LoRA 45x160 r80", 45, 160, 1, 1, 80, true, true, true, false, false, 0.1F},
+      {"gate and up 70x64 r16", 70, 64, 1, 1, 16, true, true, false},
+      {"frozen 50x96 E3 K2", 50, 96, 3, 2},
+      {"gate only 64x96 E3 K2 r16", 64, 96, 3, 2, 16, true, false, false},
+      {"down only 40x64 E3 K2 r8", 40, 64, 3, 2, 8, false, false, true, false, false, 0.3F},
+      {"MixLoRA 70x256 E5 K3 r24", 70, 256, 5, 3, 24, true, true, true, false, false, 0.1F},
+      {"MixLoRA 40x128 E4 K2 r64", 40, 128, 4, 2, 64, true, true, true, false, false, 0.1F},
+      {"MixLoRA apart 33x128 E4 K2 r16", 33, 128, 4, 2, 16, true, true, true, false, true, 0.1F},
+      {"MixDoRA 40x128 E4 K3 r8", 40, 128, 4, 3, 8, true, true, true, true, true, 0.1F},
+      {"DoRA 37x96 r32", 37, 96, 1, 1, 32, true, true, true, true, false, 0.1F},
       {"MixLoRA 16x11008 E8 K2 r16 (Llama)", 16, 11008, 8, 2, 16, true, true, true, false, false,
        0.05F}};
   for (const Block& b : blocks) {

@@ -269,9 +269,7 @@ void CudaBackend::mixture(Tensor out, Tensor z, const Mixture& m) {
     c.z = cuda::data<T>(z);
     if (in_tiles(c)) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        cuda::tiles_forward(c,
-                            room().take<std::byte>(
-                                static_cast<Index>(cuda::order_bytes(c.rows, c.slots, c.experts))),
+        cuda::tiles_forward(c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))),
                             stream_);
       return;
     }
@@ -306,9 +304,7 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
     c.d_up_scale = cuda::data<float>(grads.up_scale);
     if (in_tiles(c)) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        cuda::tiles_backward(c,
-                             room().take<std::byte>(
-                                 static_cast<Index>(cuda::order_bytes(c.rows, c.slots, c.experts))),
+        cuda::tiles_backward(c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))),
                              stream_);
       return;
     }

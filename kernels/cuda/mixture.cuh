@@ -76,13 +76,13 @@ __device__ inline Activated activate(Activation kind, float x) {
 }
 
 using TileCall = MixtureCall<__nv_bfloat16>;
-/// Whether the tensor-core kernels take this shape: SiLU, widths by 32, ranks by 8 up to
-/// 80, at most 32 experts.
+/// Whether the tensor-core kernels take this shape: SiLU, widths by 32, ranks by 8 up to 80 (scales
+/// only with factors), at most 32 experts.
 bool tiles_take(const TileCall& c);
-/// Bytes of working memory that the row order and the pair lists of a call need.
-std::size_t order_bytes(Index rows, int slots, int experts);
-/// `room` has order_bytes(); both enqueue on `stream`.
-void tiles_forward(TileCall c, void* room, cudaStream_t stream);
-void tiles_backward(TileCall c, void* room, cudaStream_t stream);
+/// Bytes of working memory of a call, forward or backward.
+std::size_t tiles_bytes(const TileCall& c);
+/// `memory` has tiles_bytes(); both enqueue on `stream`.
+void tiles_forward(TileCall c, void* memory, cudaStream_t stream);
+void tiles_backward(TileCall c, void* memory, cudaStream_t stream);
 
 }  // namespace mixlora::cuda

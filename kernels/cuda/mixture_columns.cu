@@ -1,0 +1,300 @@
+// Backward of the mixture by columns on tensor cores: the gradients of B1, B3, A2 and of DoRA's
+// scales.
+#include <algorithm>
+
+#include "kernels/cuda/mixture_tiles.cuh"
+
+namespace mixlora::cuda {
+namespace {
+
+/// A warp's stage: c1, c3 and d_out of rows g and g + 8; the 16 rows' a of gate and up, and q; the
+/// rows' ids.
+template <int C, bool Factors> struct Stage {
+  static constexpr int kRanks = 6 * kPiece, kTile = C * kPiece;
+  static constexpr int kIds = kRanks + (Factors ? 3 * kTile : 0);
+  static constexpr int kBytes = kIds + kPiece / 2;
+};
+
+/// 16 rows by 16 C ranks: row r at 32 r bytes, its halves exchanged in rows 4 .. 7 of eight, so
+/// that read_matrices meets no bank twice. `from` is row lane / 2.
+template <int C>
+__device__ void fetch_ranks(std::uint32_t to, const Number* from, int rank, int lane) {
+  const int r = lane / 2, half = lane % 2;
+  const std::uint32_t at = to + static_cast<std::uint32_t>(32 * r + 16 * (half ^ (r / 4 % 2)));
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const bool there = 16 * c + 8 * half < rank;
+    fetch16(at + static_cast<std::uint32_t>(c * kPiece), there ? from + 16 * c + 8 * half : from,
+            there);
+  }
+}
+
+/// grid (experts, columns / 32, C): a block has 32 columns of one expert and 16 of its ranks, its
+/// warps share the expert's rows. Adds to the gradients.
+template <int C, bool Scaled, bool Factors>
+__global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
+    columns_kernel(const TileCall m, const TileRoom room) {
+  extern __shared__ __align__(16) std::byte shared[];
+  using S = Stage<C, Factors>;
+  constexpr int kFactor = C * kFactorBytes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp,
+            warps = static_cast<int>(blockDim.x) / kWarp;
+  const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank;
+  const int e = static_cast<int>(blockIdx.x), mine = static_cast<int>(blockIdx.z);
+  const int f0 = static_cast<int>(blockIdx.y) * kColumns, col = f0 + 8 * q;
+  const bool down = m.down_a != nullptr && m.q != nullptr;
+  const bool drops = m.threshold != 0 && down;
+  const std::uint32_t threshold = m.threshold << 16;
+  const int begin = m.pairs != nullptr ? m.pair_begin[e] : 0;
+  const int end = m.pairs != nullptr ? m.pair_begin[e + 1] : static_cast<int>(m.rows);
+  if (begin == end) return;
+  const float keep_scale = m.scale * m.keep;
+  float gate_b[2][2][4] = {}, up_b[2][2][4] = {}, down_a[4][4] = {};
+  float gate_scale_sum[8] = {}, up_scale_sum[8] = {};
+
+  const Index column = static_cast<Index>(e) * width + f0;
+  const std::uint32_t factors = shared_address(shared), own_row = factor_row(lane);
+  if (Factors && warp == 0) {
+    if (m.gate_b != nullptr) fetch_factor<C>(factors, m.gate_b + column * rank, rank, lane);
+    if (m.up_b != nullptr) fetch_factor<C>(factors + kFactor, m.up_b + column * rank, rank, lane);
+    if (down) fetch_factor<C>(factors + 2 * kFactor, room.down_t + column * rank, rank, lane);
+    fetch_commit();
+    fetch_wait<0>();
+  }
+  float s1[2][4], s3[2][4];
+  if constexpr (Scaled)
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Index at = column + 8 * q + 4 * pair + i;
+        s1[pair][i] = m.gate_scale != nullptr ? m.gate_scale[at] : 1.0F;
+        s3[pair][i] = m.up_scale != nullptr ? m.up_scale[at] : 1.0F;
+      }
+  __syncthreads();
+
+  std::byte* ring = shared + (Factors ? 3 * kFactor : 0) + warp * 2 * S::kBytes;
+  const std::uint32_t ring_address = shared_address(ring);
+  const std::uint32_t own_rank_row = static_cast<std::uint32_t>(32 * (lane % 8 + lane / 8 % 2 * 8) +
+                                                                16 * (lane / 16 ^ (lane % 8 / 4)));
+
+  // Of row lane % 16 of a tile: its place, its slot's place in d_out and q, and its weight.
+  struct Row {
+    int row, slot_row;
+    float weight;
+  };
+  const auto row_at = [&](int first) {
+    const int at = first + lane % kRows, safe = min(at, end - 1);
+    Row r{safe, safe, 0};
+    int k = 0;
+    if (m.pairs != nullptr) {
+      const int pair = m.pairs[safe];
+      r.row = m.slots == 1 ? pair : pair / m.slots;
+      k = pair - r.row * m.slots;
+      r.slot_row = r.row;
+    }
+    if (m.per_slot) r.slot_row += k * static_cast<int>(m.rows);
+    if (at < end) r.weight = m.per_slot ? 1.0F : m.weight_of(r.row, k);
+    return r;
+  };
+  const auto fetch = [&](int stage, const Row& own) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
+    const std::uint32_t piece = at + static_cast<std::uint32_t>(16 * lane);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Index row = __shfl_sync(kAll, own.row, g + 8 * h),
+                  slot_row = __shfl_sync(kAll, own.slot_row, g + 8 * h);
+      const Number* from = m.gate_up + row * 2 * width + col;
+      fetch16(piece + static_cast<std::uint32_t>(h * kPiece), from);
+      fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
+      fetch16(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
+              m.d_out + slot_row * width + col);
+    }
+    if constexpr (Factors) {
+      const Index row = __shfl_sync(kAll, own.row, lane / 2),
+                  slot_row = __shfl_sync(kAll, own.slot_row, lane / 2);
+      const Number* a = m.a + (row * 2 * m.experts + e) * rank;
+      const std::uint32_t ranks = at + static_cast<std::uint32_t>(S::kRanks);
+      if (m.gate_b != nullptr) fetch_ranks<C>(ranks, a, rank, lane);
+      if (m.up_b != nullptr)
+        fetch_ranks<C>(ranks + S::kTile, a + static_cast<Index>(m.experts) * rank, rank, lane);
+      if (down)
+        fetch_ranks<C>(ranks + 2 * S::kTile, m.q + (slot_row * m.experts + e) * rank, rank, lane);
+    }
+    if (drops && lane < kRows)
+      fetch16(at + static_cast<std::uint32_t>(S::kIds + 16 * lane),
+              m.ids + 4 * static_cast<Index>(own.row));
+  };
+
+  const int step = warps * kRows;
+  int stage = 0;
+  float weight_here = 0, weight_next = 0;
+  if (begin + warp * kRows < end) {
+    const Row own = row_at(begin + warp * kRows);
+    weight_next = own.weight;
+    fetch(0, own);
+  }
+  fetch_commit();
+  Row ahead = row_at(begin + warp * kRows + step);
+  for (int first = begin + warp * kRows; first < end; first += step) {
+    weight_here = weight_next;
+    if (first + step < end) {
+      weight_next = ahead.weight;
+      fetch(stage ^ 1, ahead);
+      ahead = row_at(first + 2 * step);
+    }
+    fetch_commit();
+    fetch_wait<1>();
+    __syncwarp();
+    const std::byte* here = ring + stage * S::kBytes;
+    const std::uint32_t ranks =
+        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kRanks) + own_rank_row;
+    const float weight[2] = {__shfl_sync(kAll, weight_here, g),
+                             __shfl_sync(kAll, weight_here, g + 8)};
+    Philox4 bits[2] = {};
+    if (drops)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int4 id = *reinterpret_cast<const int4*>(here + S::kIds + 16 * (g + 8 * h));
+        bits[h] = m.bits(id, e, col / 8);
+      }
+    // The operands of this block's sixteen ranks, rows as the inner dimension.
+    unsigned a1_t[4], a3_t[4], q_t[4];
+    if constexpr (Factors) {
+      const std::uint32_t own = ranks + static_cast<std::uint32_t>(mine * kPiece);
+      if (m.gate_b != nullptr) read_matrices_trans(a1_t, own);
+      if (m.up_b != nullptr) read_matrices_trans(a3_t, own + S::kTile);
+      if (down) read_matrices_trans(q_t, own + 2 * S::kTile);
+    }
+    const auto add = [&](float(&to)[2][4], int which, int pair) {
+      const std::uint32_t b =
+          factors + own_row + static_cast<std::uint32_t>(which * kFactor + 512 * pair);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        unsigned a[4], w[4];
+        read_matrices(a, ranks + static_cast<std::uint32_t>(which * S::kTile + c * kPiece));
+        read_matrices(w, b + static_cast<std::uint32_t>(c * kFactorBytes));
+        mma(to[0], a[0], a[1], a[2], a[3], w[0], w[1]);
+        mma(to[1], a[0], a[1], a[2], a[3], w[2], w[3]);
+      }
+    };
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float u[2][4], v[2][4], d[2][4] = {}, from_out[2][4];
+      start(u, read_piece(here, 0, pair, lane), read_piece(here, 1, pair, lane));
+      start(v, read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane));
+      start(from_out, read_piece(here, 4, pair, lane), read_piece(here, 5, pair, lane));
+      if constexpr (Factors) {
+        if (m.gate_b != nullptr) add(u, 0, pair);
+        if (m.up_b != nullptr) add(v, 1, pair);
+        if (down) add(d, 2, pair);
+      }
+      unsigned gate[2][2], up[2][2], dropped[2][2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x[4], y[4], z[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int t = i / 2, at = 2 * h + i % 2;
+          float kept_scale = weight[h] * keep_scale;
+          if (drops) kept_scale = kept(bits[h], 4 * pair + i, threshold) ? kept_scale : 0.0F;
+          float gate_u = u[t][at], value = v[t][at];
+          if constexpr (Scaled) gate_u *= s1[pair][i], value *= s3[pair][i];
+          const Silu act = silu(gate_u);
+          const float d_h = weight[h] * from_out[t][at] + kept_scale * d[t][at];
+          x[i] = d_h * value * act.slope;
+          y[i] = d_h * act.value;
+          z[i] = kept_scale * act.value * value;
+          if constexpr (Scaled) {
+            gate_scale_sum[4 * pair + i] += x[i] * u[t][at];
+            up_scale_sum[4 * pair + i] += y[i] * v[t][at];
+            x[i] *= s1[pair][i], y[i] *= s3[pair][i];
+          }
+        }
+        gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
+        up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
+        dropped[0][h] = pack2(z[0], z[1]), dropped[1][h] = pack2(z[2], z[3]);
+      }
+      const auto collect = [&](float(&sums)[2][4], const unsigned(&x)[2][2],
+                               const unsigned(&a)[4]) {
+        const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]), x2 = transposed(x[0][1]),
+                       x3 = transposed(x[1][1]);
+        mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
+        mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
+      };
+      if constexpr (Factors) {
+        if (m.d_gate_b != nullptr) collect(gate_b[pair], gate, a1_t);
+        if (m.d_up_b != nullptr) collect(up_b[pair], up, a3_t);
+        if (m.d_down_a != nullptr && down)
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+            mma(down_a[2 * pair + t], q_t[0], q_t[2], q_t[1], q_t[3], transposed(dropped[t][0]),
+                transposed(dropped[t][1]));
+      }
+    }
+    __syncwarp();
+    stage ^= 1;
+  }
+  fetch_wait<0>();
+
+  // Sixteen numbers a lane from every warp, summed in the order of the warps.
+  auto* numbers = reinterpret_cast<float*>(shared);
+  const auto reduce = [&](const float* own, auto&& add) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) numbers[(warp * 16 + i) * kWarp + lane] = own[i];
+    __syncthreads();
+    for (int i = warp; i < 16; i += warps) {
+      float sum = 0;
+      for (int w = 0; w < warps; ++w) sum += numbers[(w * 16 + i) * kWarp + lane];
+      add(i, sum);
+    }
+  };
+  const auto add_b = [&](float* grads) {
+    return [=](int i, float sum) {
+      const int pair = i / 8, half = i / 4 % 2, c = i % 4;
+      const int f = f0 + (g / 2) * 8 + 2 * (2 * pair + c / 2) + g % 2;
+      const int r = 16 * mine + 8 * half + 2 * q + c % 2;
+      if (r < rank) grads[(static_cast<Index>(e) * width + f) * rank + r] += sum;
+    };
+  };
+  if (m.d_gate_b != nullptr) reduce(&gate_b[0][0][0], add_b(m.d_gate_b));
+  if (m.d_up_b != nullptr) reduce(&up_b[0][0][0], add_b(m.d_up_b));
+  if (m.d_down_a != nullptr && down)
+    reduce(&down_a[0][0], [&](int i, float sum) {
+      const int f = col + 2 * (i / 4) + i % 2, r = 16 * mine + g + 8 * (i % 4 / 2);
+      if (r < rank) m.d_down_a[(static_cast<Index>(e) * rank + r) * width + f] += sum;
+    });
+  if constexpr (Scaled) {
+    if (mine != 0 || (m.d_gate_scale == nullptr && m.d_up_scale == nullptr)) return;
+    float sums[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float x = i < 8 ? gate_scale_sum[i % 8] : up_scale_sum[i % 8];
+      x += __shfl_xor_sync(kAll, x, 4);
+      x += __shfl_xor_sync(kAll, x, 8);
+      sums[i] = x + __shfl_xor_sync(kAll, x, 16);
+    }
+    reduce(sums, [&](int i, float sum) {
+      float* grads = i < 8 ? m.d_gate_scale : m.d_up_scale;
+      if (g == 0 && grads != nullptr) grads[static_cast<Index>(e) * width + col + i % 8] += sum;
+    });
+  }
+}
+
+}  // namespace
+
+void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStream_t stream) {
+  with_variant(c, 1, [&](auto chunks, auto /*slots*/, auto scaled, auto factors) {
+    using S = Stage<chunks(), factors()>;
+    launch_warps(columns_kernel<chunks(), scaled(), factors()>,
+                 dim3(static_cast<unsigned>(c.experts), static_cast<unsigned>(c.width / kColumns),
+                      static_cast<unsigned>(chunks())),
+                 factors() ? 3 * chunks() * kFactorBytes : 0,
+                 std::max(2 * S::kBytes, 16 * kWarp * 4), stream, "mixture_backward by columns", c,
+                 room);
+  });
+}
+
+}  // namespace mixlora::cuda

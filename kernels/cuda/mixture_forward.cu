@@ -1,0 +1,196 @@
+// Forward of the mixture on tensor cores: out, and the sums over columns that become z.
+#include <algorithm>
+
+#include "kernels/cuda/mixture_tiles.cuh"
+
+namespace mixlora::cuda {
+namespace {
+
+/// A warp's stage: c1 and c3 of rows g and g + 8, then each slot's B1, B3, A2 and scales.
+template <int C, int K, bool Scaled, bool Factors> struct Stage {
+  static constexpr int kFactors = 4 * kPiece, kTile = C * kFactorBytes;
+  static constexpr int kScales = kFactors + (Factors ? 3 * K * kTile : 0);
+  static constexpr int kBytes = kScales + (Scaled ? K * kScaleBytes : 0);
+};
+
+/// grid (tiles, splits): a block has one tile of rows and its share of the columns.
+template <int C, int K, bool Scaled, bool Factors>
+__global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
+                                                     : K == 1 ? 4
+                                                              : 3)
+    forward_kernel(const TileCall m, const TileRoom room) {
+  extern __shared__ __align__(16) std::byte shared[];
+  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
+  using S = Stage<C, K, Scaled, Factors>;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
+            rows = static_cast<int>(m.rows);
+  const int step = static_cast<int>(blockDim.x) / kWarp * kColumns;
+  const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
+  const bool drops = m.threshold != 0 && m.down_a != nullptr;
+  const std::uint32_t threshold = m.threshold << 16;
+  std::byte* ring = shared + warp * 2 * S::kBytes;
+  const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
+  unsigned a1[K][C][4], a3[K][C][4];
+  float z[K][2 * C][4] = {};
+  int4 ids[2];
+  int gate_up[2];  // where the lane's numbers of c1 and c3 begin
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    ids[h] = drops ? m.id_of(tile.row[h]) : int4{};
+    gate_up[h] = tile.row[h] * 2 * width + 8 * q;
+  }
+  int expert[K];  // whose factors are read; of a slot without one they meet zeros
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const bool there = tile.expert[k] >= 0;
+    expert[k] = there ? tile.expert[k] : 0;
+    if constexpr (Factors) {
+      const int across = 2 * m.experts * rank, at = expert[k] * rank;
+      const Number* gate = there && m.gate_b != nullptr ? m.a : nullptr;
+      const Number* up = there && m.up_b != nullptr ? m.a : nullptr;
+      load_ranks<C>(a1[k], gate, tile.row[0] * across + at, tile.row[1] * across + at, rank, q);
+      load_ranks<C>(a3[k], up, tile.row[0] * across + m.experts * rank + at,
+                    tile.row[1] * across + m.experts * rank + at, rank, q);
+    }
+  }
+
+  const auto fetch = [&](int stage, int f0) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
+    const std::uint32_t mine = at + static_cast<std::uint32_t>(16 * lane);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      fetch16(mine + static_cast<std::uint32_t>(h * kPiece), m.gate_up + (gate_up[h] + f0));
+      fetch16(mine + static_cast<std::uint32_t>((2 + h) * kPiece),
+              m.gate_up + (gate_up[h] + width + f0));
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int column = expert[k] * width + f0;
+      if constexpr (Factors) {
+        const std::uint32_t to = at + static_cast<std::uint32_t>(S::kFactors + 3 * k * S::kTile);
+        if (m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
+        if (m.up_b != nullptr) fetch_factor<C>(to + S::kTile, m.up_b + column * rank, rank, lane);
+        if (m.down_a != nullptr)
+          fetch_factor<C>(to + 2 * S::kTile, room.down_t + column * rank, rank, lane);
+      }
+      if constexpr (Scaled)
+        fetch_scales(at + static_cast<std::uint32_t>(S::kScales + k * kScaleBytes), m, column,
+                     lane);
+    }
+  };
+
+  const ColumnRange range =
+      columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
+  int stage = 0;
+  if (range.begin + warp * kColumns < range.end) fetch(0, range.begin + warp * kColumns);
+  fetch_commit();
+  for (int f0 = range.begin + warp * kColumns; f0 < range.end; f0 += step) {
+    if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+    fetch_commit();
+    Philox4 bits[K][2] = {};
+    if (drops)
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) bits[k][h] = m.bits(ids[h], expert[k], (f0 + 8 * q) / 8);
+    fetch_wait<1>();
+    __syncwarp();
+    const std::byte* here = ring + stage * S::kBytes;
+    const std::uint32_t factors =
+        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kFactors) + own_row;
+    unsigned out[2][4], own[K][2][4];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float total[2][4] = {};
+      if (m.adds) {
+        const auto old = [&](int h) {
+          return load_pairs2(m.out + (tile.row[h] * width + f0 + 8 * q + 4 * pair));
+        };
+        start(total, old(0), old(1));
+      }
+      const uint2 c1[2] = {read_piece(here, 0, pair, lane), read_piece(here, 1, pair, lane)};
+      const uint2 c3[2] = {read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane)};
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const std::uint32_t b = factors + static_cast<std::uint32_t>(3 * k * S::kTile + 512 * pair);
+        float u[2][4], v[2][4];
+        start(u, c1[0], c1[1]);
+        start(v, c3[0], c3[1]);
+        if constexpr (Factors) {
+          if (m.gate_b != nullptr) add_factor<C>(u, a1[k], b);
+          if (m.up_b != nullptr) add_factor<C>(v, a3[k], b + S::kTile);
+        }
+        float s1[4], s3[4];
+        if constexpr (Scaled)
+          read_scales(s1, s3, here + S::kScales + k * kScaleBytes, m, tile.expert[k] >= 0,
+                      8 * q + 4 * pair);
+        unsigned dropped[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float x[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float gate = u[i / 2][2 * h + i % 2], up = v[i / 2][2 * h + i % 2];
+            if constexpr (Scaled) gate *= s1[i], up *= s3[i];
+            x[i] = silu(gate).value * up;
+            total[i / 2][2 * h + i % 2] += tile.weight[h][k] * x[i];
+          }
+          own[k][h][2 * pair] = pack2(x[0], x[1]), own[k][h][2 * pair + 1] = pack2(x[2], x[3]);
+          if (drops)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              x[i] = kept(bits[k][h], 4 * pair + i, threshold) ? x[i] : 0.0F;
+          dropped[0][h] = pack2(x[0], x[1]), dropped[1][h] = pack2(x[2], x[3]);
+        }
+        if constexpr (Factors) {
+          if (m.down_a == nullptr) continue;
+          collect_ranks<C>(z[k], dropped, b + 2 * S::kTile);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        out[h][2 * pair] = pack2(total[0][2 * h], total[0][2 * h + 1]);
+        out[h][2 * pair + 1] = pack2(total[1][2 * h], total[1][2 * h + 1]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!tile.live[h]) continue;
+      if (!m.per_slot) {
+        write4(m.out + (tile.row[h] * width + f0 + 8 * q), out[h]);
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (tile.expert[k] < 0 && tile.weight[h][k] == 0)
+          own[k][h][0] = own[k][h][1] = own[k][h][2] = own[k][h][3] = 0;
+        write4(m.out + ((tile.slot[h][k] * rows + tile.row[h]) * width + f0 + 8 * q), own[k][h]);
+      }
+    }
+    __syncwarp();
+    stage ^= 1;
+  }
+  if (m.down_a == nullptr) return;
+  fetch_wait<0>();
+  constexpr int kSums = K * 2 * C;
+  leave_sums<kSums>(
+      room.sums + (static_cast<Index>(blockIdx.x) * gridDim.y + blockIdx.y) * kSums * kFragment,
+      reinterpret_cast<float*>(shared), reinterpret_cast<const float(&)[kSums][4]>(z));
+}
+
+}  // namespace
+
+void mixture_forward_tiles(const TileCall& c, const TileRoom& room, unsigned tiles, int slots,
+                           cudaStream_t stream) {
+  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors) {
+    using S = Stage<chunks(), k(), scaled(), factors()>;
+    launch_warps(forward_kernel<chunks(), k(), scaled(), factors()>,
+                 dim3(tiles, static_cast<unsigned>(room.splits)), 0,
+                 std::max(2 * S::kBytes, 2 * k() * chunks() * kFragment * 4), stream, "mixture", c,
+                 room);
+  });
+}
+
+}  // namespace mixlora::cuda

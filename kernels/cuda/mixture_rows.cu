@@ -1,0 +1,229 @@
+// Backward of the mixture by rows on tensor cores: d_gate_up, and the sums over columns that become
+// p and d_weight.
+#include <algorithm>
+
+#include "kernels/cuda/mixture_tiles.cuh"
+
+namespace mixlora::cuda {
+namespace {
+
+/// A warp's stage: c1, c3 and d_out of rows g and g + 8 (d_out of each slot when they may lie
+/// apart), then each slot's B1, B3, A2 and scales.
+template <int C, int K, bool Scaled, bool Factors> struct Stage {
+  static constexpr int kApart = Scaled ? K : 1;
+  static constexpr int kFactors = (4 + 2 * kApart) * kPiece, kTile = C * kFactorBytes;
+  static constexpr int kScales = kFactors + (Factors ? 3 * K * kTile : 0);
+  static constexpr int kBytes = kScales + (Scaled ? K * kScaleBytes : 0);
+  // Accumulator tiles left behind: p of gate and up, and d_weight.
+  static constexpr int kSums = K * (4 * C + 1);
+};
+
+/// grid (tiles, splits): a block has one tile of rows and its share of the columns.
+template <int C, int K, bool Scaled, bool Factors>
+__global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
+                                                     : Scaled && K == 2 ? 2
+                                                                        : 3)
+    rows_kernel(const TileCall m, const TileRoom room) {
+  extern __shared__ __align__(16) std::byte shared[];
+  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
+  using S = Stage<C, K, Scaled, Factors>;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
+            rows = static_cast<int>(m.rows);
+  const int step = static_cast<int>(blockDim.x) / kWarp * kColumns;
+  const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
+  const bool down = m.down_a != nullptr && m.q != nullptr;
+  const bool drops = m.threshold != 0 && down;
+  const std::uint32_t threshold = m.threshold << 16;
+  const float keep_scale = m.scale * m.keep;
+  std::byte* ring = shared + warp * 2 * S::kBytes;
+  const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
+  unsigned a1[K][C][4], a3[K][C][4], q_ranks[K][C][4];
+  float sums[S::kSums][4] = {};  // slot by slot: p of gate, p of up; then d_weight
+  int4 ids[2];
+  int gate_up[2], d_out[S::kApart][2];  // where the lane's numbers begin
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    ids[h] = drops ? m.id_of(tile.row[h]) : int4{};
+    gate_up[h] = tile.row[h] * 2 * width + 8 * q;
+#pragma unroll
+    for (int k = 0; k < S::kApart; ++k)
+      d_out[k][h] = ((m.per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h]) * width + 8 * q;
+  }
+  int expert[K];  // whose factors are read; of a slot without one they meet zeros
+  float weight[K][2];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const bool there = tile.expert[k] >= 0;
+    expert[k] = there ? tile.expert[k] : 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      weight[k][h] = !m.per_slot                        ? tile.weight[h][k]
+                     : !there && tile.weight[h][k] == 0 ? 0.0F
+                                                        : 1.0F;
+    if constexpr (Factors) {
+      const int across = 2 * m.experts * rank, at = expert[k] * rank;
+      const Number* gate = there && m.gate_b != nullptr ? m.a : nullptr;
+      const Number* up = there && m.up_b != nullptr ? m.a : nullptr;
+      load_ranks<C>(a1[k], gate, tile.row[0] * across + at, tile.row[1] * across + at, rank, q);
+      load_ranks<C>(a3[k], up, tile.row[0] * across + m.experts * rank + at,
+                    tile.row[1] * across + m.experts * rank + at, rank, q);
+      const auto q_of = [&](int h) {
+        const int row = (m.per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h];
+        return row * m.experts * rank + at;
+      };
+      load_ranks<C>(q_ranks[k], there && down ? m.q : nullptr, q_of(0), q_of(1), rank, q);
+    }
+  }
+
+  const auto fetch = [&](int stage, int f0) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
+    const std::uint32_t mine = at + static_cast<std::uint32_t>(16 * lane);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      fetch16(mine + static_cast<std::uint32_t>(h * kPiece), m.gate_up + (gate_up[h] + f0));
+      fetch16(mine + static_cast<std::uint32_t>((2 + h) * kPiece),
+              m.gate_up + (gate_up[h] + width + f0));
+#pragma unroll
+      for (int k = 0; k < S::kApart; ++k)
+        fetch16(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
+                m.d_out + (d_out[k][h] + f0));
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int column = expert[k] * width + f0;
+      if constexpr (Factors) {
+        const std::uint32_t to = at + static_cast<std::uint32_t>(S::kFactors + 3 * k * S::kTile);
+        if (m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
+        if (m.up_b != nullptr) fetch_factor<C>(to + S::kTile, m.up_b + column * rank, rank, lane);
+        if (down) fetch_factor<C>(to + 2 * S::kTile, room.down_t + column * rank, rank, lane);
+      }
+      if constexpr (Scaled)
+        fetch_scales(at + static_cast<std::uint32_t>(S::kScales + k * kScaleBytes), m, column,
+                     lane);
+    }
+  };
+
+  const ColumnRange range =
+      columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
+  int stage = 0;
+  if (range.begin + warp * kColumns < range.end) fetch(0, range.begin + warp * kColumns);
+  fetch_commit();
+  for (int f0 = range.begin + warp * kColumns; f0 < range.end; f0 += step) {
+    if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+    fetch_commit();
+    Philox4 bits[K][2] = {};
+    if (drops)
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) bits[k][h] = m.bits(ids[h], expert[k], (f0 + 8 * q) / 8);
+    fetch_wait<1>();
+    __syncwarp();
+    std::byte* here = ring + stage * S::kBytes;
+    const std::uint32_t factors =
+        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kFactors) + own_row;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float gate_sum[2][4] = {}, up_sum[2][4] = {};
+      if (m.adds) {
+        const auto old = [&](int h, int up) {
+          return load_pairs2(m.d_gate_up + (gate_up[h] + up * width + f0 + 4 * pair));
+        };
+        start(gate_sum, old(0, 0), old(1, 0));
+        start(up_sum, old(0, 1), old(1, 1));
+      }
+      const uint2 c1[2] = {read_piece(here, 0, pair, lane), read_piece(here, 1, pair, lane)};
+      const uint2 c3[2] = {read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane)};
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const int of = 4 + 2 * (k < S::kApart ? k : 0);
+        float(*p1)[4] = sums + k * 4 * C, (*p3)[4] = p1 + 2 * C;
+        float(&d_weight)[4] = sums[K * 4 * C + k];
+        const std::uint32_t b = factors + static_cast<std::uint32_t>(3 * k * S::kTile + 512 * pair);
+        float u[2][4], v[2][4], d[2][4] = {}, from_out[2][4];
+        start(u, c1[0], c1[1]);
+        start(v, c3[0], c3[1]);
+        start(from_out, read_piece(here, of, pair, lane), read_piece(here, of + 1, pair, lane));
+        if constexpr (Factors) {
+          if (m.gate_b != nullptr) add_factor<C>(u, a1[k], b);
+          if (m.up_b != nullptr) add_factor<C>(v, a3[k], b + S::kTile);
+          if (down) add_factor<C>(d, q_ranks[k], b + 2 * S::kTile);
+        }
+        float s1[4], s3[4];
+        if constexpr (Scaled)
+          read_scales(s1, s3, here + S::kScales + k * kScaleBytes, m, tile.expert[k] >= 0,
+                      8 * q + 4 * pair);
+        unsigned gate[2][2], up[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float x[4], y[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int t = i / 2, at = 2 * h + i % 2;
+            float through = keep_scale * d[t][at];
+            if (drops) through = kept(bits[k][h], 4 * pair + i, threshold) ? through : 0.0F;
+            float gate_u = u[t][at], value = v[t][at];
+            if constexpr (Scaled) gate_u *= s1[i], value *= s3[i];
+            const Silu act = silu(gate_u);
+            d_weight[h] += act.value * value * from_out[t][at];
+            const float d_h = weight[k][h] * (from_out[t][at] + through);
+            x[i] = d_h * value * act.slope;
+            y[i] = d_h * act.value;
+            if constexpr (Scaled) x[i] *= s1[i], y[i] *= s3[i];
+            gate_sum[t][at] += x[i];
+            up_sum[t][at] += y[i];
+          }
+          gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
+          up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
+        }
+        if constexpr (Factors) {
+          if (m.gate_b != nullptr)
+            collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p1), gate, b);
+          if (m.up_b != nullptr)
+            collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p3), up, b + S::kTile);
+        }
+      }
+      // The lane's c1 and c3 of this pair are read: their place takes the gradients.
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        auto* to = reinterpret_cast<uint2*>(here + h * kPiece + 16 * lane + 8 * pair);
+        to[0] = make_uint2(pack2(gate_sum[0][2 * h], gate_sum[0][2 * h + 1]),
+                           pack2(gate_sum[1][2 * h], gate_sum[1][2 * h + 1]));
+        to[2 * kPiece / 8] = make_uint2(pack2(up_sum[0][2 * h], up_sum[0][2 * h + 1]),
+                                        pack2(up_sum[1][2 * h], up_sum[1][2 * h + 1]));
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!tile.live[h]) continue;
+      const auto* from = reinterpret_cast<const uint4*>(here + h * kPiece + 16 * lane);
+      auto* row = reinterpret_cast<uint4*>(m.d_gate_up + (gate_up[h] + f0));
+      row[0] = from[0];
+      row[width / 8] = from[2 * kPiece / 16];
+    }
+    __syncwarp();
+    stage ^= 1;
+  }
+  if (m.p == nullptr && m.d_weight == nullptr) return;
+  fetch_wait<0>();
+  leave_sums<S::kSums>(
+      room.sums + (static_cast<Index>(blockIdx.x) * gridDim.y + blockIdx.y) * S::kSums * kFragment,
+      reinterpret_cast<float*>(shared), sums);
+}
+
+}  // namespace
+
+void mixture_backward_rows(const TileCall& c, const TileRoom& room, unsigned tiles, int slots,
+                           cudaStream_t stream) {
+  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors) {
+    using S = Stage<chunks(), k(), scaled(), factors()>;
+    launch_warps(rows_kernel<chunks(), k(), scaled(), factors()>,
+                 dim3(tiles, static_cast<unsigned>(room.splits)), 0,
+                 std::max(2 * S::kBytes, S::kSums * kFragment * 4), stream,
+                 "mixture_backward by rows", c, room);
+  });
+}
+
+}  // namespace mixlora::cuda
