@@ -103,15 +103,13 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
     const AdapterLayer& l = g.adapter->layout.layers[i];
     if (qkv_rank(l) == 0) continue;
     Tensor& a = k.groups[j].a_qkv = kept_.take({g.rows(), qkv_rank(l)}, type);
-    const Scratch::Frame frame(scratch_);
-    const ConstTensor x =
-        dropped(step, g, i, site_qkv, g.adapter->attention_p, normed.row_range(g.begin, g.end));
-    const float s = g.adapter->attention_scale;
+    const ConstTensor x = normed.row_range(g.begin, g.end);
+    const float p_drop = g.adapter->attention_p, s = g.adapter->attention_scale;
     if (const ConstTensor whole = stacked(l, false))
-      ops_.gemm(a, x, false, whole, true, s, 0);
+      through_a(step, g, i, site_qkv, p_drop, a, x, whole, s);
     else
       each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
-        ops_.gemm(a.col_range(from, to), x, false, l.qkv_a.at(p).compute, true, s, 0);
+        through_a(step, g, i, site_qkv, p_drop, a.col_range(from, to), x, l.qkv_a.at(p).compute, s);
       });
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
       const Tensor y =
@@ -131,10 +129,8 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
     if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
     const AdapterLayer& l = g.adapter->layout.layers[i];
     Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
-    const Scratch::Frame inner(scratch_);
-    const ConstTensor x =
-        dropped(step, g, i, site_o, g.adapter->attention_p, k.o.row_range(g.begin, g.end));
-    ops_.gemm(a, x, false, l.o_a.compute, true, g.adapter->attention_scale, 0);
+    through_a(step, g, i, site_o, g.adapter->attention_p, a, k.o.row_range(g.begin, g.end),
+              l.o_a.compute, g.adapter->attention_scale);
     const Tensor y = delta.row_range(g.begin, g.end);
     ops_.gemm(y, a, false, l.o_b.compute, true, 1, 1);
     if (l.o_m.present()) {
@@ -184,11 +180,9 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     const ConstTensor d_y = d_core.row_range(g.begin, g.end);
     ops_.gemm(d_a, d_y, false, l.o_b.compute, false, g.adapter->attention_scale, 0);
     ops_.gemm(l.o_b.grad, d_y, true, k.groups[j].a_o, false, 1, 1);
-    const ConstTensor x =
-        dropped(step, g, i, site_o, g.adapter->attention_p, k.o.row_range(g.begin, g.end));
-    ops_.gemm(l.o_a.grad, d_a, true, x, false, 1, 1);
-    through_a(step, g, i, site_o, g.adapter->attention_p, d_o.row_range(g.begin, g.end), d_a,
-              l.o_a.compute);
+    through_a_backward(step, g, i, site_o, g.adapter->attention_p, l.o_a.grad,
+                       d_o.row_range(g.begin, g.end), d_a, k.o.row_range(g.begin, g.end),
+                       l.o_a.compute);
   }
 
   const Tensor d_qkv = scratch_.take({n, c.qkv_width()}, type);
@@ -233,20 +227,17 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
                 g.adapter->attention_scale, 0);
       ops_.gemm(l.qkv_b.at(p).grad, d_y, true, k.groups[j].a_qkv.col_range(from, to), false, 1, 1);
     });
-    const float rate_p = g.adapter->attention_p;
-    const ConstTensor x = dropped(step, g, i, site_qkv, rate_p, normed.row_range(g.begin, g.end));
-    const Tensor d_x_rows = d_normed.row_range(g.begin, g.end);
+    const float p_drop = g.adapter->attention_p;
+    const ConstTensor x = normed.row_range(g.begin, g.end);
+    const Tensor d_x_rows = needs_input ? d_normed.row_range(g.begin, g.end) : Tensor();
     const ConstTensor a = stacked(l, false), d_a_weight = stacked(l, true);
     if (a && d_a_weight) {
-      ops_.gemm(writable(d_a_weight), d_a, true, x, false, 1, 1);
-      if (needs_input) through_a(step, g, i, site_qkv, rate_p, d_x_rows, d_a, a);
+      through_a_backward(step, g, i, site_qkv, p_drop, writable(d_a_weight), d_x_rows, d_a, x, a);
       continue;
     }
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
-      const ConstTensor part = d_a.col_range(from, to);
-      ops_.gemm(l.qkv_a.at(p).grad, part, true, x, false, 1, 1);
-      if (needs_input)
-        through_a(step, g, i, site_qkv, rate_p, d_x_rows, part, l.qkv_a.at(p).compute);
+      through_a_backward(step, g, i, site_qkv, p_drop, l.qkv_a.at(p).grad, d_x_rows,
+                         d_a.col_range(from, to), x, l.qkv_a.at(p).compute);
     });
   }
   if (needs_input) ops_.rmsnorm_backward(d_x, d_normed, k.x, w.input_norm, k.r1);

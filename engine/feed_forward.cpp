@@ -102,17 +102,15 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, const Grou
   }
   if (has_a(l)) {
     gk.a_ffn = kept_.take({n, 2 * width}, type);
-    const Scratch::Frame inner(scratch_);
-    const ConstTensor x = dropped(step, g, i, site_ffn, ad.expert_p, normed);
+    const auto through = [&](Tensor a, ConstTensor weight) {
+      through_a(step, g, i, site_ffn, ad.expert_p, a, normed, weight, ad.ffn_scale);
+    };
     if (const Tensor both = stacked(l.gate_a.compute, l.up_a.compute)) {
-      ops_.gemm(gk.a_ffn, x, false, both, true, ad.ffn_scale, 0);
+      through(gk.a_ffn, both);
     } else {
       if (!l.gate_a.present() || !l.up_a.present()) ops_.zero(gk.a_ffn);
-      if (l.gate_a.present())
-        ops_.gemm(gk.a_ffn.col_range(0, width), x, false, l.gate_a.compute, true, ad.ffn_scale, 0);
-      if (l.up_a.present())
-        ops_.gemm(gk.a_ffn.col_range(width, 2 * width), x, false, l.up_a.compute, true,
-                  ad.ffn_scale, 0);
+      if (l.gate_a.present()) through(gk.a_ffn.col_range(0, width), l.gate_a.compute);
+      if (l.up_a.present()) through(gk.a_ffn.col_range(width, 2 * width), l.up_a.compute);
     }
   }
   if (l.down_a.present()) gk.z = kept_.take({n, ad.slots * ad.rank}, type);
@@ -257,20 +255,17 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
                  d_rows = d_normed.row_range(g.begin, g.end);
     if (ps[j]) {
       const std::int64_t width = ad.experts * ad.rank;
-      const ConstTensor x = dropped(step, g, i, site_ffn, ad.expert_p, rows);
+      const auto through = [&](Tensor d_weight, ConstTensor p, ConstTensor weight) {
+        through_a_backward(step, g, i, site_ffn, ad.expert_p, d_weight, d_rows, p, rows, weight);
+      };
       const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
                    d_both = stacked(l.gate_a.grad, l.up_a.grad);
       if (both && d_both) {
-        ops_.gemm(d_both, ps[j], true, x, false, 1, 1);
-        through_a(step, g, i, site_ffn, ad.expert_p, d_rows, ps[j], both);
+        through(d_both, ps[j], both);
       } else {
-        for (const bool up : {false, true}) {
-          const Parameter& a = up ? l.up_a : l.gate_a;
-          if (!a.present()) continue;
-          const Tensor p = up ? ps[j].col_range(width, 2 * width) : ps[j].col_range(0, width);
-          ops_.gemm(a.grad, p, true, x, false, 1, 1);
-          through_a(step, g, i, site_ffn, ad.expert_p, d_rows, p, a.compute);
-        }
+        if (l.gate_a.present()) through(l.gate_a.grad, ps[j].col_range(0, width), l.gate_a.compute);
+        if (l.up_a.present())
+          through(l.up_a.grad, ps[j].col_range(width, 2 * width), l.up_a.compute);
       }
     }
     if (has_router(ad.spec)) {

@@ -45,6 +45,9 @@ class PlanBackend final : public Backend {
   void add_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, float) override {}
   void dropout(Tensor, ConstTensor, const Dropout&, RowIds) override {}
   void dropout_backward_add(Tensor, ConstTensor, const Dropout&, RowIds) override {}
+  void lora_a(Tensor, ConstTensor, ConstTensor, float, const Dropout&, RowIds, Tensor) override {}
+  void lora_a_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Dropout&,
+                       RowIds, Tensor) override {}
   void jitter(Tensor, ConstTensor, float, std::uint64_t, std::int32_t, RowIds) override {}
   void dora_scale(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor,
                   float) override {}

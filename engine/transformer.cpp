@@ -12,24 +12,22 @@ Dropout Transformer::dropout_of(const Group& g, std::size_t layer, std::uint32_t
   return {p, g.adapter->seed, static_cast<std::int32_t>(layer), site};
 }
 
-ConstTensor Transformer::dropped(const Step& step, const Group& g, std::size_t layer,
-                                 std::uint32_t site, float p, ConstTensor x) {
-  if (rate(step, p) == 0) return x;
-  const Tensor y = scratch_.take({x.rows(), x.cols()}, x.dtype);
-  ops_.dropout(y, x, dropout_of(g, layer, site, p), ids(step, g));
-  return y;
+void Transformer::through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
+                            float p, Tensor a, ConstTensor x, ConstTensor weight, float s) {
+  const Scratch::Frame frame(scratch_);
+  const float own = rate(step, p);
+  const Tensor room = own > 0 ? scratch_.take({x.rows(), x.cols()}, x.dtype) : Tensor();
+  ops_.lora_a(a, x, weight, s, dropout_of(g, layer, site, own), ids(step, g), room);
 }
 
-void Transformer::through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
-                            float p, Tensor d_x, ConstTensor d_a, ConstTensor a) {
-  if (rate(step, p) == 0) {
-    ops_.gemm(d_x, d_a, false, a, false, 1, 1);
-    return;
-  }
+void Transformer::through_a_backward(const Step& step, const Group& g, std::size_t layer,
+                                     std::uint32_t site, float p, Tensor d_weight, Tensor d_x,
+                                     ConstTensor d_a, ConstTensor x, ConstTensor weight) {
   const Scratch::Frame frame(scratch_);
-  const Tensor d_dropped = scratch_.take({d_x.rows(), d_x.cols()}, d_x.dtype);
-  ops_.gemm(d_dropped, d_a, false, a, false, 1, 0);
-  ops_.dropout_backward_add(d_x, d_dropped, dropout_of(g, layer, site, p), ids(step, g));
+  const float own = rate(step, p);
+  const Tensor room = own > 0 ? scratch_.take({x.rows(), x.cols()}, x.dtype) : Tensor();
+  ops_.lora_a_backward(d_weight, d_x, d_a, x, weight, dropout_of(g, layer, site, own), ids(step, g),
+                       room);
 }
 
 void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,

@@ -83,12 +83,13 @@ class Transformer {
   Dropout dropout_of(const Group& g, std::size_t layer, std::uint32_t site, float p) const;
   float rate(const Step& step, float p) const { return step.training ? p : 0; }
   RowIds ids(const Step& step, const Group& g) const { return step.ids.row_range(g.begin, g.end); }
-  /// dropout(x) of a group's rows: x itself when inactive, else scratch memory.
-  ConstTensor dropped(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
-                      float p, ConstTensor x);
-  /// d_x += mask (d_a A), the gradient through `dropped` and the product with A.
+  /// a = s dropout(x) A^T of a group's rows.
   void through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site, float p,
-                 Tensor d_x, ConstTensor d_a, ConstTensor a);
+                 Tensor a, ConstTensor x, ConstTensor weight, float s);
+  /// The gradients of A and, when d_x is there, of x, added.
+  void through_a_backward(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
+                          float p, Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
+                          ConstTensor weight);
 
   Backend& ops_;
   const Model& model_;

@@ -211,6 +211,18 @@ class Backend {
   virtual void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
                       RowIds ids) = 0;
 
+  // ---- low-rank updates --------------------------------------------------------------------
+  /// a = s drop(x) A^T.  a (N, R)  x (N, D)  weight A (R, D)  room (N, D) of x's type, overwritten;
+  /// not read, and may be absent, when `d` is inactive
+  ///                                                            [Hu et al. 2022, eq. 3, with PEFT's
+  ///                                                            dropout before A]
+  virtual void lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
+                      RowIds ids, Tensor room);
+  /// d_weight += d_a^T drop(x); d_x += drop(d_a A), left out when d_x is absent.
+  /// d_weight (R, D) f32  d_x (N, D)  d_a (N, R); room as above
+  virtual void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
+                               ConstTensor weight, const Dropout& d, RowIds ids, Tensor room);
+
   // ---- DoRA --------------------------------------------------------------------------------
   /// n_o^2 = |W_o|^2 + 2 s (W A^T)_o . B_o + s^2 B_o (A A^T) B_o^T, scale = m / n
   ///                                            [Liu et al. 2024, eq. 5; factored: methods.md

@@ -85,6 +85,49 @@ void mask_cases(std::vector<OpCase>& t, Index n, Index c) {
                }});
 }
 
+/// Memory that an operation may use as it likes.
+Array& scratch(Workbench& w, Index n, Index c) {
+  Array& a = w.output("room", {n, c}, w.act());
+  a.compared = a.counted = false;
+  return a;
+}
+
+void lora_a_cases(std::vector<OpCase>& t, Index n, Index c, Index rank, float p,
+                  bool through = true) {
+  const double work = 2.0 * static_cast<double>(n * c * rank);
+  const std::string shape =
+      times({n, c, rank}) + (p > 0 ? "" : " kept") + (through ? "" : " alone");
+  t.push_back({"lora_a " + shape, kSummed, work, [=](Workbench& w) {
+                 const Dropout drop{p, w.key(), 7, site_o};
+                 Array &x = w.input({n, c}, w.act()), &a = w.input({rank, c}, w.act(), 0.1),
+                       &ids = w.row_ids(n), &room = scratch(w, n, c);
+                 Array& y = w.output("a", {n, rank}, w.act());
+                 w.run = [=, &w, &x, &a, &ids, &room, &y] {
+                   w.ops.lora_a(y.device, x.device, a.device, 2, drop, ids.device, room.device);
+                 };
+                 w.reference = [=, &x, &a, &ids, &y] {
+                   reference::lora_a(y.data(), x.data(), a.data(), 2, drop, ids.index(), n, c,
+                                     rank);
+                 };
+               }});
+  t.push_back({"lora_a_backward " + shape, kSummed, 2 * work, [=](Workbench& w) {
+                 const Dropout drop{p, w.key(), 7, site_o};
+                 Array &x = w.input({n, c}, w.act()), &a = w.input({rank, c}, w.act(), 0.1),
+                       &g = w.input({n, rank}, w.act()), &ids = w.row_ids(n),
+                       &room = scratch(w, n, c);
+                 Array& d_a = w.updated("d_weight", {rank, c}, DType::f32);
+                 Array* d_x = through ? &w.updated("d_x", {n, c}, w.act()) : nullptr;
+                 w.run = [=, &w, &x, &a, &g, &ids, &room, &d_a] {
+                   w.ops.lora_a_backward(d_a.device, d_x ? d_x->device : Tensor(), g.device,
+                                         x.device, a.device, drop, ids.device, room.device);
+                 };
+                 w.reference = [=, &x, &a, &g, &ids, &d_a] {
+                   reference::lora_a_backward(d_a.data(), d_x ? d_x->data() : nullptr, g.data(),
+                                              x.data(), a.data(), drop, ids.index(), n, c, rank);
+                 };
+               }});
+}
+
 void dora_cases(std::vector<OpCase>& t, Index n, Index out, Index in, Index rank) {
   const double work = static_cast<double>(n * out);
   t.push_back(
@@ -145,6 +188,13 @@ void add_row_cases(std::vector<OpCase>& t) {
     norm_cases(t, n, d);
     mask_cases(t, n, d);
   }
+  lora_a_cases(t, 5, 13, 3, 0.3F);
+  lora_a_cases(t, 37, 96, 8, 0.1F);
+  lora_a_cases(t, 70, 544, 48, 0.05F);
+  lora_a_cases(t, 33, 576, 64, 0.05F, false);
+  lora_a_cases(t, 65, 1536, 128, 0.1F);
+  lora_a_cases(t, 21, 64, 16, 0);
+  lora_a_cases(t, 256, 4096, 16, 0.05F);
   dora_cases(t, 5, 17, 13, 3);
   dora_cases(t, 128, 576, 1536, 16);
   dora_cases(t, 33, 1024, 4096, 80);

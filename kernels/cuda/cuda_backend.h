@@ -56,6 +56,11 @@ class CudaBackend final : public Backend {
                    float eps) override;
   void dropout(Tensor y, ConstTensor x, const Dropout& d, RowIds ids) override;
   void dropout_backward_add(Tensor d_x, ConstTensor d_y, const Dropout& d, RowIds ids) override;
+  void lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d, RowIds ids,
+              Tensor room_for_rows) override;
+  void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
+                       ConstTensor weight, const Dropout& d, RowIds ids,
+                       Tensor room_for_rows) override;
   void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
               RowIds ids) override;
   void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,

@@ -15,20 +15,6 @@ template <int C, bool Factors> struct Stage {
   static constexpr int kBytes = kIds + kPiece / 2;
 };
 
-/// 16 rows by 16 C ranks: row r at 32 r bytes, its halves exchanged in rows 4 .. 7 of eight, so
-/// that read_matrices meets no bank twice. `from` is row lane / 2.
-template <int C>
-__device__ void fetch_ranks(std::uint32_t to, const Number* from, int rank, int lane) {
-  const int r = lane / 2, half = lane % 2;
-  const std::uint32_t at = to + static_cast<std::uint32_t>(32 * r + 16 * (half ^ (r / 4 % 2)));
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    const bool there = 16 * c + 8 * half < rank;
-    fetch16(at + static_cast<std::uint32_t>(c * kPiece), there ? from + 16 * c + 8 * half : from,
-            there);
-  }
-}
-
 /// grid (experts, columns / 32, C): a block has 32 columns of one expert and 16 of its ranks, its
 /// warps share the expert's rows. Adds to the gradients.
 template <int C, bool Scaled, bool Factors>
@@ -76,8 +62,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
 
   std::byte* ring = shared + (Factors ? 3 * kFactor : 0) + warp * 2 * S::kBytes;
   const std::uint32_t ring_address = shared_address(ring);
-  const std::uint32_t own_rank_row = static_cast<std::uint32_t>(32 * (lane % 8 + lane / 8 % 2 * 8) +
-                                                                16 * (lane / 16 ^ (lane % 8 / 4)));
+  const std::uint32_t own_rank_row = rank_row(lane);
 
   // Of row lane % 16 of a tile: its place, its slot's place in d_out and q, and its weight.
   struct Row {

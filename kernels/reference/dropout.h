@@ -40,6 +40,36 @@ void dropout_backward_add(T* d_x, const T* d_y, const Dropout& d, const std::int
       d_x[n * cols + c] += T(mask(d, ids + 4 * n, c)) * d_y[n * cols + c];
 }
 
+/// a = s drop(x) A^T.  a (N, R)  x (N, D)  weight A (R, D)  ids (N, 4)
+template <class T>
+void lora_a(T* a, const T* x, const T* weight, double s, const Dropout& d, const std::int32_t* ids,
+            Index rows, Index cols, Index rank) {
+  for (Index n = 0; n < rows; ++n)
+    for (Index r = 0; r < rank; ++r) {
+      T sum(0);
+      for (Index c = 0; c < cols; ++c)
+        sum += T(mask(d, ids + 4 * n, c)) * x[n * cols + c] * weight[r * cols + c];
+      a[n * rank + r] = T(s) * sum;
+    }
+}
+
+/// d_weight += d_a^T drop(x); d_x += drop(d_a A) unless null.
+template <class T>
+void lora_a_backward(T* d_weight, T* d_x, const T* d_a, const T* x, const T* weight,
+                     const Dropout& d, const std::int32_t* ids, Index rows, Index cols,
+                     Index rank) {
+  for (Index n = 0; n < rows; ++n)
+    for (Index c = 0; c < cols; ++c) {
+      const T keep(mask(d, ids + 4 * n, c));
+      T through(0);
+      for (Index r = 0; r < rank; ++r) {
+        d_weight[r * cols + c] += d_a[n * rank + r] * keep * x[n * cols + c];
+        through += d_a[n * rank + r] * weight[r * cols + c];
+      }
+      if (d_x != nullptr) d_x[n * cols + c] += keep * through;
+    }
+}
+
 /// y = x (1 + amount (2 u - 1)), u = (bits + 1/2) / 65536: U(1 - amount, 1 + amount) a column.
 template <class T>
 void jitter(T* y, const T* x, double amount, std::uint64_t seed, std::int32_t layer,

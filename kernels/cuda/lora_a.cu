@@ -1,0 +1,413 @@
+// Dropout and A in one pass over x, forward and backward: the rows that dropout leaves are never in
+// memory. Traffic: forward D numbers a row; backward 3 D (x, d_x read and written).
+#include <algorithm>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/rank_tiles.cuh"
+
+namespace mixlora {
+namespace {
+
+using cuda::ceil_div;
+using cuda::Index;
+using cuda::kAll;
+using cuda::kColumns;
+using cuda::kFactorBytes;
+using cuda::kFragment;
+using cuda::kPiece;
+using cuda::kRows;
+using cuda::kWarp;
+using cuda::Number;
+
+constexpr int kMostChunks = 4;    // sixteens of ranks that these kernels take
+constexpr int kForwardRows = 32;  // of a block
+constexpr int kForwardWarps = 8;
+constexpr int kWishedBlocks = 512;
+
+/// The call, and its mask: an element is kept when its 16 bits are not below the upper half of
+/// `threshold`.
+struct Call {
+  const Number *x, *weight, *d_a;
+  Number* d_x;
+  Index stride_x, stride_d_x, stride_d_a;
+  int rows, cols, rank;
+  const std::int32_t* ids;
+  RandomKey key;
+  std::uint32_t threshold, layer, site;
+  float* sums;  // forward (split, row, rank); backward (split, rank, column)
+
+  __device__ Philox4 bits(int4 id, int block) const {
+    return row_bits(key, layer, site, static_cast<std::uint32_t>(id.z),
+                    static_cast<std::uint32_t>(id.x), static_cast<std::uint32_t>(id.y),
+                    static_cast<std::uint32_t>(block));
+  }
+};
+
+/// Columns 2i, 2i + 1 of a lane's eight with those dropped zeroed.
+__device__ unsigned masked(unsigned pair, const Philox4& bits, int i, std::uint32_t threshold) {
+  const unsigned first = cuda::kept(bits, 2 * i, threshold) ? 0xffffU : 0;
+  const unsigned second = cuda::kept(bits, 2 * i + 1, threshold) ? 0xffff0000U : 0;
+  return pair & (first | second);
+}
+
+/// grid (rows / 32, splits): x~ A^T of 32 rows over the split's columns, its warps sharing them.
+template <int C>
+__global__ void __launch_bounds__(kForwardWarps* kWarp, 2) forward_kernel(const Call m) {
+  extern __shared__ float4 shared[];  // (warp, tile, lane)
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int row0 = static_cast<int>(blockIdx.x) * kForwardRows;
+  const int n = m.cols / kColumns, splits = static_cast<int>(gridDim.y),
+            split = static_cast<int>(blockIdx.y);
+  const int end = n * (split + 1) / splits * kColumns;
+  int4 ids[4];
+  const Number* x[4];
+#pragma unroll
+  for (int h = 0; h < 4; ++h) {
+    const int row = min(row0 + g + 8 * h, m.rows - 1);
+    ids[h] = __ldg(reinterpret_cast<const int4*>(m.ids) + row);
+    x[h] = m.x + row * m.stride_x + 8 * q;
+  }
+  float sums[2][2 * C][4] = {};
+  for (int f0 = n * split / splits * kColumns + warp * kColumns; f0 < end;
+       f0 += kForwardWarps * kColumns) {
+    unsigned a[4][4];
+    uint4 b[2 * C];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(x[h] + f0));
+      a[h][0] = raw.x, a[h][1] = raw.y, a[h][2] = raw.z, a[h][3] = raw.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * C; ++i)
+      b[i] = 8 * i < m.rank ? __ldg(reinterpret_cast<const uint4*>(
+                                  m.weight + static_cast<Index>(8 * i + g) * m.cols + f0 + 8 * q))
+                            : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const Philox4 bits = m.bits(ids[h], (f0 + 8 * q) / 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[h][i] = masked(a[h][i], bits, i, m.threshold);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * C; ++i)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        cuda::mma(sums[t][i], a[2 * t][0], a[2 * t + 1][0], a[2 * t][1], a[2 * t + 1][1], b[i].x,
+                  b[i].y);
+        cuda::mma(sums[t][i], a[2 * t][2], a[2 * t + 1][2], a[2 * t][3], a[2 * t + 1][3], b[i].z,
+                  b[i].w);
+      }
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 2 * C; ++i)
+      shared[(warp * 4 * C + t * 2 * C + i) * kWarp + lane] =
+          make_float4(sums[t][i][0], sums[t][i][1], sums[t][i][2], sums[t][i][3]);
+  __syncthreads();
+  for (int tile = warp; tile < 4 * C; tile += kForwardWarps) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kForwardWarps; ++w) {
+      const float4 part = shared[(w * 4 * C + tile) * kWarp + lane];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    const int row = row0 + 16 * (tile / (2 * C)) + g, r = 8 * (tile % (2 * C)) + 2 * q;
+    if (r >= m.rank) continue;
+    float* to = m.sums + (static_cast<Index>(split) * m.rows + row) * m.rank + r;
+    if (row < m.rows) *reinterpret_cast<float2*>(to) = make_float2(sum.x, sum.y);
+    if (row + 8 < m.rows) *reinterpret_cast<float2*>(to + 8 * m.rank) = make_float2(sum.z, sum.w);
+  }
+}
+
+/// a = s times the sum over the splits, in their order; two numbers a thread.
+__global__ void a_kernel(Number* a, Index stride, const float2* sums, int rows, int rank,
+                         int splits, float s) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), half = rank / 2;
+  if (i >= rows * half) return;
+  float2 sum = make_float2(0, 0);
+  for (int k = 0; k < splits; ++k) {
+    const float2 part = sums[static_cast<Index>(k) * rows * half + i];
+    sum.x += part.x, sum.y += part.y;
+  }
+  *reinterpret_cast<unsigned*>(a + i / half * stride + i % half * 2) =
+      cuda::pack2(s * sum.x, s * sum.y);
+}
+
+/// A warp's stage of the backward kernel: x and d_x of rows g and g + 8, the 16 rows' d_a, ids.
+template <int C> struct Stage {
+  static constexpr int kRanks = 4 * kPiece, kIds = kRanks + C * kPiece;
+  static constexpr int kBytes = kIds + kPiece / 2;
+};
+
+/// grid (columns / 32, splits): a block has 32 columns and its share of the rows.
+template <int C, bool Through>
+__global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
+    backward_kernel(const Call m, float keep) {
+  extern __shared__ __align__(16) std::byte memory[];
+  using S = Stage<C>;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp,
+            warps = static_cast<int>(blockDim.x) / kWarp;
+  const int g = lane / 4, q = lane % 4, rank = m.rank;
+  const int f0 = static_cast<int>(blockIdx.x) * kColumns, col = f0 + 8 * q;
+  const int tiles = ceil_div(m.rows, kRows), splits = static_cast<int>(gridDim.y),
+            split = static_cast<int>(blockIdx.y);
+  const int begin = tiles * split / splits * kRows,
+            end = min(m.rows, tiles * (split + 1) / splits * kRows);
+
+  // A's 32 columns as fetch_factor lays a factor: a column's ranks together.
+  if constexpr (Through) {
+    auto* factor = reinterpret_cast<Number*>(memory);
+    for (int i = static_cast<int>(threadIdx.x); i < 16 * C * kColumns;
+         i += static_cast<int>(blockDim.x)) {
+      const int c = i % kColumns, r = i / kColumns, a = c / 8, b = c % 8;
+      factor[r / 16 * (kFactorBytes / 2) + (4 * b + a) * 16 + 8 * (r / 8 % 2 ^ (b & 1)) + r % 8] =
+          r < rank ? m.weight[static_cast<Index>(r) * m.cols + f0 + c] : Number(0.0F);
+    }
+    __syncthreads();
+  }
+  constexpr int kFactor = Through ? C * kFactorBytes : 0;
+  const std::uint32_t factor = cuda::shared_address(memory) + cuda::factor_row(lane);
+  std::byte* ring = memory + kFactor + warp * 2 * S::kBytes;
+  const std::uint32_t ring_address = cuda::shared_address(ring), own_ranks = cuda::rank_row(lane);
+
+  const auto fetch = [&](int stage, int first) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
+    const std::uint32_t piece = at + static_cast<std::uint32_t>(16 * lane);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Index row = min(first + g + 8 * h, end - 1);
+      cuda::fetch16(piece + static_cast<std::uint32_t>(h * kPiece), m.x + row * m.stride_x + col);
+      if constexpr (Through)
+        cuda::fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece),
+                      m.d_x + row * m.stride_d_x + col);
+    }
+    // Rows that are not there have no gradient.
+    const int row = first + lane / 2;
+    const bool live = row < end;
+    cuda::fetch_ranks<C>(at + S::kRanks, m.d_a + (live ? row : end - 1) * m.stride_d_a,
+                         live ? rank : 0, lane);
+    if (lane < kRows)
+      cuda::fetch16(at + static_cast<std::uint32_t>(S::kIds + 16 * lane),
+                    m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
+  };
+
+  float d_weight[2][2 * C][4] = {};
+  const int step = warps * kRows;
+  int stage = 0;
+  if (begin + warp * kRows < end) fetch(0, begin + warp * kRows);
+  cuda::fetch_commit();
+  for (int first = begin + warp * kRows; first < end; first += step) {
+    if (first + step < end) fetch(stage ^ 1, first + step);
+    cuda::fetch_commit();
+    cuda::fetch_wait<1>();
+    __syncwarp();
+    std::byte* here = ring + stage * S::kBytes;
+    const std::uint32_t ranks =
+        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kRanks) + own_ranks;
+    Philox4 bits[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      bits[h] = m.bits(*reinterpret_cast<const int4*>(here + S::kIds + 16 * (g + 8 * h)), col / 8);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      unsigned x[2][2];  // tile, rows g and g + 8; turned over: columns, then rows
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint2 raw = cuda::read_piece(here, h, pair, lane);
+        x[0][h] = cuda::transposed(masked(raw.x, bits[h], 2 * pair, m.threshold));
+        x[1][h] = cuda::transposed(masked(raw.y, bits[h], 2 * pair + 1, m.threshold));
+      }
+      float d[2][4] = {};
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        unsigned a[4], w[4];
+        cuda::read_matrices_trans(a, ranks + static_cast<std::uint32_t>(c * kPiece));
+        cuda::mma(d_weight[pair][2 * c], x[0][0], x[1][0], x[0][1], x[1][1], a[0], a[1]);
+        cuda::mma(d_weight[pair][2 * c + 1], x[0][0], x[1][0], x[0][1], x[1][1], a[2], a[3]);
+        if constexpr (Through) {
+          cuda::read_matrices(a, ranks + static_cast<std::uint32_t>(c * kPiece));
+          cuda::read_matrices(w,
+                              factor + static_cast<std::uint32_t>(c * kFactorBytes + 512 * pair));
+          cuda::mma(d[0], a[0], a[1], a[2], a[3], w[0], w[1]);
+          cuda::mma(d[1], a[0], a[1], a[2], a[3], w[2], w[3]);
+        }
+      }
+      if constexpr (Through) {
+        float old[2][4];
+        cuda::start(old, cuda::read_piece(here, 2, pair, lane),
+                    cuda::read_piece(here, 3, pair, lane));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (cuda::kept(bits[h], 4 * pair + i, m.threshold))
+              old[i / 2][2 * h + i % 2] += keep * d[i / 2][2 * h + i % 2];
+          auto* to = reinterpret_cast<uint2*>(here + (2 + h) * kPiece + 16 * lane + 8 * pair);
+          *to = make_uint2(cuda::pack2(old[0][2 * h], old[0][2 * h + 1]),
+                           cuda::pack2(old[1][2 * h], old[1][2 * h + 1]));
+        }
+      }
+    }
+    if constexpr (Through)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (first + g + 8 * h < end)
+          *reinterpret_cast<uint4*>(m.d_x + static_cast<Index>(first + g + 8 * h) * m.stride_d_x +
+                                    col) =
+              *reinterpret_cast<const uint4*>(here + (2 + h) * kPiece + 16 * lane);
+    __syncwarp();
+    stage ^= 1;
+  }
+  cuda::fetch_wait<0>();
+
+  // The warps' sums, in their order, as rows of 32 columns.
+  auto* numbers = reinterpret_cast<float*>(memory);
+  float* out = m.sums + static_cast<Index>(split) * rank * m.cols + f0;
+  for (int w = 0; w < warps; ++w) {
+    __syncthreads();
+    if (w != warp) continue;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+      for (int i = 0; i < 2 * C; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int f = g / 2 * 8 + 2 * (2 * pair + c / 2) + g % 2, r = 8 * i + 2 * q + c % 2;
+          float& to = numbers[r * (kColumns + 1) + f];
+          to = w == 0 ? d_weight[pair][i][c] : to + d_weight[pair][i][c];
+        }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < rank * kColumns;
+       i += static_cast<int>(blockDim.x))
+    out[i / kColumns * static_cast<Index>(m.cols) + i % kColumns] =
+        numbers[i / kColumns * (kColumns + 1) + i % kColumns];
+}
+
+/// d_weight += keep times the sum over the splits, in their order; four numbers a thread.
+__global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count, int splits,
+                                float keep) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int k = 0; k < splits; ++k) {
+    const float4 part = sums[static_cast<Index>(k) * count + i];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  float4 to = d_weight[i];
+  to.x += keep * sum.x, to.y += keep * sum.y, to.z += keep * sum.z, to.w += keep * sum.w;
+  d_weight[i] = to;
+}
+
+template <class View> bool by_sixteen_bytes(const View& t) {
+  return t.dtype == DType::bf16 && cuda::by_eights(t);
+}
+bool takes(ConstTensor x, ConstTensor weight, const Dropout& d) {
+  const Index rank = weight.rows();
+  return d.active() && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
+         x.cols() % kColumns == 0 && rank % 8 == 0 && rank <= 16 * kMostChunks &&
+         x.rows() < (Index{1} << 24);
+}
+Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids, float* sums) {
+  Call m{};
+  m.x = cuda::data<Number>(x);
+  m.weight = cuda::data<Number>(weight);
+  m.stride_x = x.stride;
+  m.rows = static_cast<int>(x.rows());
+  m.cols = static_cast<int>(x.cols());
+  m.rank = static_cast<int>(weight.rows());
+  m.ids = ids.ptr<std::int32_t>();
+  m.key = random_key(d.seed, Purpose::dropout);
+  m.threshold = dropout_threshold(d.p) << 16;
+  m.layer = static_cast<std::uint32_t>(d.layer);
+  m.site = d.site;
+  m.sums = sums;
+  return m;
+}
+template <class F> void with_chunks(int rank, F&& f) {
+  switch (ceil_div(rank, 16)) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    default:
+      return f(std::integral_constant<int, 4>{});
+  }
+}
+int splits_of(int blocks, int most) {
+  return std::clamp(ceil_div(kWishedBlocks, blocks), 1, std::max(most, 1));
+}
+
+}  // namespace
+
+void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
+                         RowIds ids, Tensor room_for_rows) {
+  if (x.rows() == 0) return;
+  if (!takes(x, weight, d) || a.stride % 2 != 0)
+    return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
+  const int blocks = static_cast<int>(ceil_div<Index>(x.rows(), kForwardRows));
+  const int splits = splits_of(blocks, static_cast<int>(x.cols()) / (kForwardWarps * kColumns));
+  auto* sums = room().take<float>(splits * x.rows() * weight.rows());
+  const Call m = call_of(x, weight, d, ids, sums);
+  with_chunks(m.rank, [&](auto chunks) {
+    constexpr std::size_t kShared = sizeof(float4) * kForwardWarps * 4 * chunks() * kWarp;
+    cuda::check(
+        cudaFuncSetAttribute(forward_kernel<chunks()>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(kShared)),
+        "shared memory");
+    forward_kernel<chunks()><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+                               kForwardWarps * kWarp, kShared, stream_>>>(m);
+  });
+  cuda::launched("lora_a");
+  constexpr int kThreads = 256;
+  a_kernel<<<static_cast<unsigned>(ceil_div(m.rows * m.rank / 2, kThreads)), kThreads, 0,
+             stream_>>>(cuda::data<Number>(a), a.stride, reinterpret_cast<const float2*>(sums),
+                        m.rows, m.rank, splits, s * dropout_scale(d.p));
+  cuda::launched("lora_a");
+}
+
+void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
+                                  ConstTensor weight, const Dropout& d, RowIds ids,
+                                  Tensor room_for_rows) {
+  if (x.rows() == 0) return;
+  if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
+      (d_x && !by_sixteen_bytes(d_x)))
+    return Backend::lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room_for_rows);
+  const int blocks = static_cast<int>(x.cols()) / kColumns;
+  const int splits = splits_of(blocks, static_cast<int>(x.rows()) / (4 * cuda::kMostWarps * kRows));
+  auto* sums = room().take<float>(splits * weight.numel());
+  Call m = call_of(x, weight, d, ids, sums);
+  m.d_a = cuda::data<Number>(d_a);
+  m.stride_d_a = d_a.stride;
+  if (d_x) m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
+  const float keep = dropout_scale(d.p);
+  with_chunks(m.rank, [&](auto chunks) {
+    using S = Stage<chunks()>;
+    const auto launch = [&](auto through) {
+      constexpr int kFactor = through() ? chunks() * kFactorBytes : 0;
+      // The sums of all warps are laid over the rings.
+      static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >=
+                    16 * chunks() * (kColumns + 1) * 4);
+      cuda::launch_warps(backward_kernel<chunks(), through()>,
+                         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+                         kFactor, 2 * S::kBytes, stream_, "lora_a_backward", m, keep);
+    };
+    if (d_x)
+      launch(std::true_type{});
+    else
+      launch(std::false_type{});
+  });
+  constexpr int kThreads = 256;
+  const int count = m.rank * m.cols / 4;
+  d_weight_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream_>>>(
+      reinterpret_cast<float4*>(cuda::data<float>(d_weight)), reinterpret_cast<float4*>(sums),
+      count, splits, keep);
+  cuda::launched("lora_a_backward");
+}
+
+}  // namespace mixlora
