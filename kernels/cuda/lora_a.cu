@@ -13,15 +13,14 @@ using cuda::Index;
 using cuda::kAll;
 using cuda::kColumns;
 using cuda::kFactorBytes;
-using cuda::kFragment;
 using cuda::kPiece;
 using cuda::kRows;
 using cuda::kWarp;
 using cuda::Number;
 
-constexpr int kMostChunks = 4;    // sixteens of ranks that these kernels take
-constexpr int kForwardRows = 32;  // of a block
-constexpr int kForwardWarps = 8;
+constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
+constexpr int kStages = 4;      // of x's way into the forward kernel
+constexpr int kMostChunks = 4;  // sixteens of ranks that these kernels take
 constexpr int kWishedBlocks = 512;
 
 /// The call, and its mask: an element is kept when its 16 bits are not below the upper half of
@@ -50,74 +49,93 @@ __device__ unsigned masked(unsigned pair, const Philox4& bits, int i, std::uint3
   return pair & (first | second);
 }
 
-/// grid (rows / 32, splits): x~ A^T of 32 rows over the split's columns, its warps sharing them.
+/// Bytes of one rank's columns in the forward kernel: four lanes read 64 neighbouring bytes, and
+/// the next rank's lie in the other banks.
+__host__ __device__ constexpr int rank_bytes(int columns) {
+  return ceil_div(columns * 2, 128) * 128 + 64;
+}
+
+/// grid (rows / 128, splits): x~ A^T over `columns` columns, a warp 16 rows. A's columns lie in
+/// shared memory; each lane's x is fetched ahead, kStages chunks of 32 columns.
 template <int C>
-__global__ void __launch_bounds__(kForwardWarps* kWarp, 2) forward_kernel(const Call m) {
-  extern __shared__ float4 shared[];  // (warp, tile, lane)
+__global__ void __launch_bounds__(kForwardWarps* kWarp, 2)
+    forward_kernel(const Call m, int columns) {
+  extern __shared__ __align__(16) std::byte memory[];
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-  const int row0 = static_cast<int>(blockIdx.x) * kForwardRows;
-  const int n = m.cols / kColumns, splits = static_cast<int>(gridDim.y),
-            split = static_cast<int>(blockIdx.y);
-  const int end = n * (split + 1) / splits * kColumns;
-  int4 ids[4];
-  const Number* x[4];
+  const int row0 = (static_cast<int>(blockIdx.x) * kForwardWarps + warp) * kRows;
+  const int begin = static_cast<int>(blockIdx.y) * columns, end = min(m.cols, begin + columns);
+  const int stride = rank_bytes(columns), pieces = (end - begin) / 8;
+  const std::uint32_t a_address = cuda::shared_address(memory);
+  for (int i = static_cast<int>(threadIdx.x); i < 16 * C * pieces; i += kForwardWarps * kWarp) {
+    const int r = i / pieces, piece = i % pieces;
+    const bool there = r < m.rank;
+    cuda::fetch16(a_address + static_cast<std::uint32_t>(r * stride + 16 * piece),
+                  m.weight + static_cast<Index>(there ? r : 0) * m.cols + begin + 8 * piece, there);
+  }
+  cuda::fetch_commit();
+
+  int4 ids[2];
+  const Number* x[2];
 #pragma unroll
-  for (int h = 0; h < 4; ++h) {
+  for (int h = 0; h < 2; ++h) {
     const int row = min(row0 + g + 8 * h, m.rows - 1);
     ids[h] = __ldg(reinterpret_cast<const int4*>(m.ids) + row);
     x[h] = m.x + row * m.stride_x + 8 * q;
   }
-  float sums[2][2 * C][4] = {};
-  for (int f0 = n * split / splits * kColumns + warp * kColumns; f0 < end;
-       f0 += kForwardWarps * kColumns) {
-    unsigned a[4][4];
-    uint4 b[2 * C];
+  std::byte* ring = memory + 16 * C * stride + warp * kStages * 2 * kPiece + 16 * lane;
+  const std::uint32_t ring_address = cuda::shared_address(ring);
+  const auto fetch = [&](int stage, int f0) {
+    if (f0 < end)
 #pragma unroll
-    for (int h = 0; h < 4; ++h) {
-      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(x[h] + f0));
-      a[h][0] = raw.x, a[h][1] = raw.y, a[h][2] = raw.z, a[h][3] = raw.w;
+      for (int h = 0; h < 2; ++h)
+        cuda::fetch16(ring_address + static_cast<std::uint32_t>((2 * stage + h) * kPiece),
+                      x[h] + f0);
+    cuda::fetch_commit();
+  };
+#pragma unroll
+  for (int i = 0; i + 1 < kStages; ++i) fetch(i, begin + i * kColumns);
+  cuda::fetch_wait<kStages - 1>();
+  __syncthreads();
+
+  float sums[2 * C][4] = {};
+  int stage = 0;
+  for (int f0 = begin; f0 < end; f0 += kColumns) {
+    fetch((stage + kStages - 1) % kStages, f0 + (kStages - 1) * kColumns);
+    unsigned a[2][4];
+    Philox4 bits[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) bits[h] = m.bits(ids[h], (f0 + 8 * q) / 8);
+    cuda::fetch_wait<kStages - 1>();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(ring + (2 * stage + h) * kPiece);
+      a[h][0] = masked(raw.x, bits[h], 0, m.threshold);
+      a[h][1] = masked(raw.y, bits[h], 1, m.threshold);
+      a[h][2] = masked(raw.z, bits[h], 2, m.threshold);
+      a[h][3] = masked(raw.w, bits[h], 3, m.threshold);
     }
+    const std::byte* weight = memory + g * stride + (f0 - begin + 8 * q) * 2;
 #pragma unroll
-    for (int i = 0; i < 2 * C; ++i)
-      b[i] = 8 * i < m.rank ? __ldg(reinterpret_cast<const uint4*>(
-                                  m.weight + static_cast<Index>(8 * i + g) * m.cols + f0 + 8 * q))
-                            : make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int h = 0; h < 4; ++h) {
-      const Philox4 bits = m.bits(ids[h], (f0 + 8 * q) / 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[h][i] = masked(a[h][i], bits, i, m.threshold);
+    for (int i = 0; i < 2 * C; ++i) {
+      const uint4 b = *reinterpret_cast<const uint4*>(weight + 8 * i * stride);
+      cuda::mma(sums[i], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+      cuda::mma(sums[i], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
     }
-#pragma unroll
-    for (int i = 0; i < 2 * C; ++i)
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        cuda::mma(sums[t][i], a[2 * t][0], a[2 * t + 1][0], a[2 * t][1], a[2 * t + 1][1], b[i].x,
-                  b[i].y);
-        cuda::mma(sums[t][i], a[2 * t][2], a[2 * t + 1][2], a[2 * t][3], a[2 * t + 1][3], b[i].z,
-                  b[i].w);
-      }
+    stage = (stage + 1) % kStages;
   }
 #pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int i = 0; i < 2 * C; ++i)
-      shared[(warp * 4 * C + t * 2 * C + i) * kWarp + lane] =
-          make_float4(sums[t][i][0], sums[t][i][1], sums[t][i][2], sums[t][i][3]);
-  __syncthreads();
-  for (int tile = warp; tile < 4 * C; tile += kForwardWarps) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int w = 0; w < kForwardWarps; ++w) {
-      const float4 part = shared[(w * 4 * C + tile) * kWarp + lane];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    const int row = row0 + 16 * (tile / (2 * C)) + g, r = 8 * (tile % (2 * C)) + 2 * q;
+  for (int i = 0; i < 2 * C; ++i) {
+    const int r = 8 * i + 2 * q;
     if (r >= m.rank) continue;
-    float* to = m.sums + (static_cast<Index>(split) * m.rows + row) * m.rank + r;
-    if (row < m.rows) *reinterpret_cast<float2*>(to) = make_float2(sum.x, sum.y);
-    if (row + 8 < m.rows) *reinterpret_cast<float2*>(to + 8 * m.rank) = make_float2(sum.z, sum.w);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + g + 8 * h;
+      if (row < m.rows)
+        *reinterpret_cast<float2*>(m.sums +
+                                   (static_cast<Index>(blockIdx.y) * m.rows + row) * m.rank + r) =
+            make_float2(sums[i][2 * h], sums[i][2 * h + 1]);
+    }
   }
 }
 
@@ -350,18 +368,21 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
   if (x.rows() == 0) return;
   if (!takes(x, weight, d) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
-  const int blocks = static_cast<int>(ceil_div<Index>(x.rows(), kForwardRows));
-  const int splits = splits_of(blocks, static_cast<int>(x.cols()) / (kForwardWarps * kColumns));
+  const int blocks = static_cast<int>(ceil_div<Index>(x.rows(), kForwardRows)),
+            cols = static_cast<int>(x.cols());
+  int columns = weight.rows() > 48 ? 256 : 512;
+  while (columns > 128 && blocks * ceil_div(cols, columns) < processors_ * 3 / 2) columns /= 2;
+  const int splits = ceil_div(cols, columns);
   auto* sums = room().take<float>(splits * x.rows() * weight.rows());
   const Call m = call_of(x, weight, d, ids, sums);
   with_chunks(m.rank, [&](auto chunks) {
-    constexpr std::size_t kShared = sizeof(float4) * kForwardWarps * 4 * chunks() * kWarp;
-    cuda::check(
-        cudaFuncSetAttribute(forward_kernel<chunks()>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(kShared)),
-        "shared memory");
-    forward_kernel<chunks()><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-                               kForwardWarps * kWarp, kShared, stream_>>>(m);
+    const int shared = 16 * chunks() * rank_bytes(columns) + kForwardWarps * kStages * 2 * kPiece;
+    cuda::check(cudaFuncSetAttribute(forward_kernel<chunks()>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+                "shared memory");
+    forward_kernel<chunks()>
+        <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+           kForwardWarps * kWarp, static_cast<std::size_t>(shared), stream_>>>(m, columns);
   });
   cuda::launched("lora_a");
   constexpr int kThreads = 256;
@@ -393,9 +414,11 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
       // The sums of all warps are laid over the rings.
       static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >=
                     16 * chunks() * (kColumns + 1) * 4);
-      cuda::launch_warps(backward_kernel<chunks(), through()>,
-                         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-                         kFactor, 2 * S::kBytes, stream_, "lora_a_backward", m, keep);
+      auto* kernel = backward_kernel<chunks(), through()>;
+      cuda::launch_warps(
+          kernel, cuda::fit_of(reinterpret_cast<const void*>(kernel), kFactor, 2 * S::kBytes),
+          dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), stream_,
+          "lora_a_backward", m, keep);
     };
     if (d_x)
       launch(std::true_type{});

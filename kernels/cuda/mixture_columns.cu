@@ -273,12 +273,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
 void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStream_t stream) {
   with_variant(c, 1, [&](auto chunks, auto /*slots*/, auto scaled, auto factors) {
     using S = Stage<chunks(), factors()>;
-    launch_warps(columns_kernel<chunks(), scaled(), factors()>,
+    auto* kernel = columns_kernel<chunks(), scaled(), factors()>;
+    const Fit fit =
+        fit_of(reinterpret_cast<const void*>(kernel), factors() ? 3 * chunks() * kFactorBytes : 0,
+               std::max(2 * S::kBytes, 16 * kWarp * 4));
+    launch_warps(kernel, fit,
                  dim3(static_cast<unsigned>(c.experts), static_cast<unsigned>(c.width / kColumns),
                       static_cast<unsigned>(chunks())),
-                 factors() ? 3 * chunks() * kFactorBytes : 0,
-                 std::max(2 * S::kBytes, 16 * kWarp * 4), stream, "mixture_backward by columns", c,
-                 room);
+                 stream, "mixture_backward by columns", c, room);
   });
 }
 

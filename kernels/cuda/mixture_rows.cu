@@ -215,13 +215,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
 
 }  // namespace
 
-void mixture_backward_rows(const TileCall& c, const TileRoom& room, unsigned tiles, int slots,
+void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream) {
   with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
-    launch_warps(rows_kernel<chunks(), k(), scaled(), factors()>,
-                 dim3(tiles, static_cast<unsigned>(room.splits)), 0,
-                 std::max(2 * S::kBytes, S::kSums * kFragment * 4), stream,
+    auto* kernel = rows_kernel<chunks(), k(), scaled(), factors()>;
+    const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
+                           std::max(2 * S::kBytes, S::kSums * kFragment * 4));
+    room.splits = splits_of(c, tiles, fit);
+    launch_warps(kernel, fit, dim3(tiles, static_cast<unsigned>(room.splits)), stream,
                  "mixture_backward by rows", c, room);
   });
 }

@@ -209,9 +209,6 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
 
 // ---- launches ------------------------------------------------------------------------------
 
-constexpr int kWishedBlocks = 1024;  // of tiles and splits: several for every processor
-constexpr int kMostSplits = 16;
-
 bool aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 OrderRoom order_room(const TileCall& c, void* room) {
@@ -236,9 +233,6 @@ std::size_t whole(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 int sums_of(const TileCall& c, int slots) {
   return slots * (4 * chunks_of(c) + 1);  // backward's; forward leaves fewer
 }
-int splits_of(unsigned tiles) {
-  return std::clamp(kWishedBlocks / static_cast<int>(std::max(tiles, 1U)), 1, kMostSplits);
-}
 unsigned most_blocks(const TileCall& c) {
   return c.expert == nullptr ? static_cast<unsigned>(ceil_div<Index>(c.rows, kRows))
                              : static_cast<unsigned>(most_tiles(c.rows, c.experts));
@@ -254,9 +248,9 @@ Cut cut(const TileCall& c, void* room) {
   if (c.down_a != nullptr)
     at += whole(sizeof(Number) * static_cast<std::size_t>(c.experts * c.width * c.rank));
   r.sums = reinterpret_cast<float*>(base + at);
-  const unsigned blocks = most_blocks(c);
-  at += sizeof(float) * kFragment * static_cast<std::size_t>(sums_of(c, std::min(c.slots, 2))) *
-        blocks * static_cast<std::size_t>(std::max(kWishedBlocks / static_cast<int>(blocks), 1));
+  at += sizeof(float) * kFragment *
+        static_cast<std::size_t>(sums_of(c, std::min(c.slots, 2)) *
+                                 std::max<Index>(kMostBlocks * 2, most_blocks(c)));
   r.bytes = at;
   return r;
 }
@@ -297,8 +291,6 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
       tiles = static_cast<unsigned>(
           std::min<Index>(r.order.most_tiles, c.rows / kRows + std::min<Index>(c.rows, keys) + 1));
     }
-    room.splits =
-        std::min(splits_of(most_blocks(c)), std::max(static_cast<int>(c.width / kColumns), 1));
     f(c, room, tiles, count);
   }
   return room;
@@ -323,7 +315,7 @@ std::size_t tiles_bytes(const TileCall& c) { return cut(c, nullptr).bytes; }
 
 void tiles_forward(TileCall c, void* memory, cudaStream_t stream) {
   each_pass(c, memory, false, stream,
-            [&](TileCall pass, const TileRoom& room, unsigned tiles, int slots) {
+            [&](TileCall pass, TileRoom& room, unsigned tiles, int slots) {
               pass.adds = pass.adds && !pass.per_slot;
               mixture_forward_tiles(pass, room, tiles, slots, stream);
               if (pass.down_a == nullptr) return;
@@ -336,7 +328,7 @@ void tiles_forward(TileCall c, void* memory, cudaStream_t stream) {
 void tiles_backward(TileCall c, void* memory, cudaStream_t stream) {
   const TileRoom room =
       each_pass(c, memory, true, stream,
-                [&](const TileCall& pass, const TileRoom& room, unsigned tiles, int slots) {
+                [&](const TileCall& pass, TileRoom& room, unsigned tiles, int slots) {
                   mixture_backward_rows(pass, room, tiles, slots, stream);
                   if (pass.p == nullptr && pass.d_weight == nullptr) return;
                   const int chunks = has_factors(pass) ? chunks_of(pass) : 1;

@@ -15,10 +15,10 @@ struct TileRoom {
   float* sums;
   int splits;
 };
-/// Launches of one pass with `slots` slots on `tiles` tiles.
-void mixture_forward_tiles(const TileCall& c, const TileRoom& room, unsigned tiles, int slots,
+/// Launches of one pass with `slots` slots on at most `tiles` tiles; they set `room.splits`.
+void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream);
-void mixture_backward_rows(const TileCall& c, const TileRoom& room, unsigned tiles, int slots,
+void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream);
 void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStream_t stream);
 
@@ -106,6 +106,25 @@ __device__ inline Silu silu(float x) {
   return {value, s + value - value * s};  // s (1 + x (1 - s))
 }
 
+constexpr int kMostSplits = 16, kMostBlocks = 4096;  // of a tile's columns; of tiles and splits
+/// Into how many blocks to split the columns of each tile so that the device's last round of blocks
+/// is not a short one: rounds times what a block takes, in columns a warp and their beginning.
+inline int splits_of(const TileCall& c, unsigned tiles, const Fit& fit) {
+  const int chunks = static_cast<int>(c.width / kColumns);
+  // Tiles that are not full: about half of one for each pair of experts.
+  const int likely = c.expert == nullptr
+                         ? static_cast<int>(tiles)
+                         : static_cast<int>(ceil_div<Index>(c.rows, kRows)) + c.experts * 2;
+  const int most = std::min(kMostBlocks / likely, 2 * kMostBlocks / static_cast<int>(tiles));
+  constexpr int kBeginning = 2;
+  int best = 1, least = 0;
+  for (int s = 1; s <= std::min({kMostSplits, chunks, std::max(1, most)}); ++s) {
+    const int time =
+        ceil_div(likely * s, fit.together) * (ceil_div(chunks, s * fit.warps) + kBeginning);
+    if (s == 1 || time < least) best = s, least = time;
+  }
+  return best;
+}
 /// The columns, 32 at a time, of one block of `splits`.
 struct ColumnRange {
   int begin, end;

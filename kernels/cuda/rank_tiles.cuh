@@ -9,6 +9,10 @@
 // Each warp has a ring of two stages in shared memory of its own, filled by asynchronous copies: it
 // works on one while the next columns (or rows) are on their way, and meets no other warp.
 #pragma once
+#include <algorithm>
+#include <map>
+#include <utility>
+
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/tensor_core.cuh"
 #include "kernels/random.h"
@@ -149,21 +153,39 @@ __device__ void leave_sums(float* to, float* shared, const float (&mine)[Count][
   }
 }
 
-/// Launches a kernel with as many warps a block (at most kMostWarps) as its shared memory admits.
-template <class Kernel, class... Arguments>
-void launch_warps(Kernel* kernel, dim3 grid, int bytes, int bytes_a_warp, cudaStream_t stream,
-                  const char* name, const Arguments&... arguments) {
-  int device = 0, most = 0;
+/// How a kernel of warps with rings of their own runs on this device.
+struct Fit {
+  int warps, bytes;  // of a block; shared memory
+  int together;      // blocks that the device runs at a time
+};
+/// As many warps a block (at most kMostWarps) as `bytes` and `bytes_a_warp` of shared memory admit;
+/// asked of the driver once for each kernel.
+inline Fit fit_of(const void* kernel, int bytes, int bytes_a_warp) {
+  thread_local std::map<std::pair<const void*, int>, Fit> known;
+  int device = 0, most = 0, processors = 0, blocks = 0;
   check(cudaGetDevice(&device), "the device");
+  const auto [found, added] = known.try_emplace({kernel, device}, Fit{kMostWarps, 0, 0});
+  Fit& fit = found->second;
+  if (!added) return fit;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "shared memory");
-  int warps = kMostWarps;
-  while (warps > 1 && bytes + warps * bytes_a_warp > most) warps /= 2;
-  const int all = bytes + warps * bytes_a_warp;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all),
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
+  while (fit.warps > 1 && bytes + fit.warps * bytes_a_warp > most) fit.warps /= 2;
+  fit.bytes = bytes + fit.warps * bytes_a_warp;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, fit.bytes),
         "shared memory");
-  kernel<<<grid, static_cast<unsigned>(warps * kWarp), static_cast<std::size_t>(all), stream>>>(
-      arguments...);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, fit.warps * kWarp,
+                                                      static_cast<std::size_t>(fit.bytes)),
+        "occupancy");
+  fit.together = std::max(1, blocks * processors);
+  return fit;
+}
+template <class Kernel, class... Arguments>
+void launch_warps(Kernel* kernel, const Fit& fit, dim3 grid, cudaStream_t stream, const char* name,
+                  const Arguments&... arguments) {
+  kernel<<<grid, static_cast<unsigned>(fit.warps * kWarp), static_cast<std::size_t>(fit.bytes),
+           stream>>>(arguments...);
   launched(name);
 }
+
 }  // namespace mixlora::cuda
