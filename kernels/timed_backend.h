@@ -140,11 +140,11 @@ class TimedBackend final : public Backend {
   }
   void lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d, RowIds ids,
               Tensor room) override {
-    timed("lora_a", [&] { inner_.lora_a(a, x, weight, s, d, ids, room); });
+    timed(Family::factors, "lora_a", [&] { inner_.lora_a(a, x, weight, s, d, ids, room); });
   }
   void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                        ConstTensor weight, const Dropout& d, RowIds ids, Tensor room) override {
-    timed("lora_a_backward",
+    timed(Family::factors, "lora_a_backward",
           [&] { inner_.lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room); });
   }
   void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
