@@ -195,9 +195,9 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   {
     const Scratch::Frame inner(scratch_);
     const Tensor qkv = scaled_and_roped(step, i, k);
-    ops_.attention_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, c.attention_heads());
+    ops_.attention_rope_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
+                                 c.attention_heads());
   }
-  ops_.rope(d_qkv, d_qkv, model_.rope, step.ids, c.attention_heads(), true);
 
   const Tensor d_normed = scratch_.take({n, c.hidden}, type),
                normed = scratch_.take({n, c.hidden}, type);

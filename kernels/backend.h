@@ -242,6 +242,13 @@ class Backend {
   /// d_qkv overwritten. Prefix rows collect from every sequence that saw them.
   virtual void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                   ConstTensor lse, const Sequences& s, Heads heads) = 0;
+  /// attention_backward, then d_q and d_k turned back by rope's inverse: one pass where that pays.
+  virtual void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
+                                       ConstTensor o, ConstTensor lse, const Sequences& s,
+                                       ConstTensor table, RowIds ids, Heads heads) {
+    attention_backward(d_qkv, d_o, qkv, o, lse, s, heads);
+    rope(d_qkv, d_qkv, table, ids, heads, true);
+  }
 
   // ---- routing -----------------------------------------------------------------------------
   /// logits = x Wg^T in f32.  logits (N, E) f32  x (N, D)  wg (E, D) f32

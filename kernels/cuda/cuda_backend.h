@@ -69,6 +69,9 @@ class CudaBackend final : public Backend {
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override;
   void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                           ConstTensor lse, const Sequences& s, Heads heads) override;
+  void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
+                               ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
+                               Heads heads) override;
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override;
   void route(Slots& slots, Tensor probabilities, Tensor stats, ConstTensor logits,
              const Router& router, const Sequences& s) override;
