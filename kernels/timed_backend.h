@@ -147,6 +147,9 @@ class TimedBackend final : public Backend {
     timed(Family::dora, "dora_scale",
           [&] { inner_.dora_scale(scale, inverse_norm, m, w_squared, a, wa, b, s); });
   }
+  void dora_scales(std::span<const DoraScale> all) override {
+    timed(Family::dora, "dora_scales", [&] { inner_.dora_scales(all); });
+  }
   void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override {
     timed(Family::dora, "dora_magnitude_backward",
           [&] { inner_.dora_magnitude_backward(d_m, d_scale, inverse_norm); });
@@ -162,6 +165,11 @@ class TimedBackend final : public Backend {
   void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
             bool inverse) override {
     timed(Family::attention, "rope", [&] { inner_.rope(y, x, table, ids, heads, inverse); });
+  }
+  void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
+                  Heads heads) override {
+    timed(Family::attention, "scale_rope",
+          [&] { inner_.scale_rope(y, x, scale, table, ids, heads); });
   }
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override {
     timed(Family::attention, "attention", [&] { inner_.attention(o, lse, qkv, s, heads); });
