@@ -48,6 +48,17 @@ ConstTensor stacked(const AdapterLayer& l, bool grad) {
   }
   return whole;
 }
+/// DoRA on some of q, k, v; on o.
+bool scaled_qkv(const Group& g, std::size_t i) {
+  return g.adapter != nullptr && !g.adapter->scales.empty() && g.adapter->scales[i].qkv;
+}
+bool scaled_o(const Group& g, std::size_t i) {
+  return g.adapter != nullptr && g.adapter->layout.layers[i].o_m.present();
+}
+bool any_scaled_o(const Step& step, std::size_t i) {
+  return std::any_of(step.groups.begin(), step.groups.end(),
+                     [i](const Group& g) { return scaled_o(g, i); });
+}
 Tensor writable(ConstTensor t) {
   return {const_cast<void*>(t.data), t.shape, t.dtype,
           t.device};  // NOLINT: gradients are ours to write
@@ -56,30 +67,24 @@ Tensor writable(ConstTensor t) {
 }  // namespace
 
 bool Transformer::scales_qkv(const Step& step, std::size_t i) {
-  return std::any_of(step.groups.begin(), step.groups.end(), [i](const Group& g) {
-    if (g.adapter == nullptr) return false;
-    const auto& m = g.adapter->layout.layers[i].qkv_m;
-    return m[0].present() || m[1].present() || m[2].present();
-  });
+  return std::any_of(step.groups.begin(), step.groups.end(),
+                     [i](const Group& g) { return scaled_qkv(g, i); });
 }
 
 /// q, k, v as attention reads them. With DoRA the kept rows are before scale and rope.
 Tensor Transformer::scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k) {
   if (!scales_qkv(step, i)) return k.qkv;
   const ModelConfig& c = model_.config;
-  const auto spans = qkv_spans(c);
   const Tensor y = scratch_.take({step.rows, c.qkv_width()}, k.qkv.dtype);
-  ops_.copy(y, k.qkv);
   for (const Group& g : step.groups) {
-    if (g.adapter == nullptr || g.adapter->scales.empty()) continue;
-    for (std::size_t p = 0; p < 3; ++p) {
-      const Tensor scale = g.adapter->scales[i].qkv.at(p);
-      if (!g.adapter->layout.layers[i].qkv_m.at(p).present()) continue;
-      const Tensor part = y.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
-      ops_.scale_columns(part, part, scale);
-    }
+    const Tensor to = y.row_range(g.begin, g.end);
+    const ConstTensor from = k.qkv.row_range(g.begin, g.end);
+    if (scaled_qkv(g, i))
+      ops_.scale_rope(to, from, g.adapter->scales[i].qkv, model_.rope, ids(step, g),
+                      c.attention_heads());
+    else
+      ops_.rope(to, from, model_.rope, ids(step, g), c.attention_heads(), false);
   }
-  ops_.rope(y, y, model_.rope, step.ids, c.attention_heads(), false);
   return y;
 }
 
@@ -123,7 +128,10 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
   if (!scales_qkv(step, i)) ops_.rope(qkv, qkv, model_.rope, step.ids, c.attention_heads(), false);
   ops_.attention(k.o, k.lse, qkv, step.sequences, c.attention_heads());
 
-  ops_.linear(delta, k.o, w.o);
+  // With DoRA the rows before its scale are kept: made there, scaled on their way to delta.
+  const bool apart = any_scaled_o(step, i);
+  const Tensor core = apart ? kept_.take({n, c.hidden}, type) : delta;
+  ops_.linear(core, k.o, w.o);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
     if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
@@ -131,12 +139,16 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
     Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
     through_a(step, g, i, site_o, g.adapter->attention_p, a, k.o.row_range(g.begin, g.end),
               l.o_a.compute, g.adapter->attention_scale);
-    const Tensor y = delta.row_range(g.begin, g.end);
-    ops_.gemm(y, a, false, l.o_b.compute, true, 1, 1);
-    if (l.o_m.present()) {
-      Tensor& core = k.groups[j].core_o = kept_.take({g.rows(), c.hidden}, type);
-      ops_.copy(core, y);
-      ops_.scale_columns(y, core, g.adapter->scales[i].o);
+    ops_.gemm(core.row_range(g.begin, g.end), a, false, l.o_b.compute, true, 1, 1);
+  }
+  for (std::size_t j = 0; apart && j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    const Tensor to = delta.row_range(g.begin, g.end), from = core.row_range(g.begin, g.end);
+    if (scaled_o(g, i)) {
+      k.groups[j].core_o = from;
+      ops_.scale_columns(to, from, g.adapter->scales[i].o);
+    } else {
+      ops_.copy(to, from);
     }
   }
 }
@@ -152,20 +164,19 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   const auto spans = qkv_spans(c);
   const Scratch::Frame frame(scratch_);
 
-  const bool scaled_o = std::any_of(step.groups.begin(), step.groups.end(), [&](const Group& g) {
-    return g.adapter != nullptr && g.adapter->layout.layers[i].o_m.present();
-  });
   Tensor d_core = d_x;
-  if (scaled_o) {
+  if (any_scaled_o(step, i)) {
     d_core = scratch_.take({n, c.hidden}, type);
-    ops_.copy(d_core, d_x);
     for (std::size_t j = 0; j < step.groups.size(); ++j) {
       const Group& g = step.groups[j];
-      if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_m.present()) continue;
+      const Tensor to = d_core.row_range(g.begin, g.end), from = d_x.row_range(g.begin, g.end);
+      if (!scaled_o(g, i)) {
+        ops_.copy(to, from);
+        continue;
+      }
       const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
-      const Tensor part = d_core.row_range(g.begin, g.end);
       ops_.zero(d_s.o);
-      ops_.scale_columns_backward(part, d_s.o, part, k.groups[j].core_o, s.o);
+      ops_.scale_columns_backward(to, d_s.o, from, k.groups[j].core_o, s.o);
       ops_.dora_magnitude_backward(g.adapter->layout.layers[i].o_m.grad, d_s.o, s.o_inverse);
     }
   }
@@ -189,9 +200,9 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   {
     const Scratch::Frame inner(scratch_);
     const Tensor qkv = scaled_and_roped(step, i, k);
-    ops_.attention_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, c.attention_heads());
+    ops_.attention_rope_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
+                                 c.attention_heads());
   }
-  ops_.rope(d_qkv, d_qkv, model_.rope, step.ids, c.attention_heads(), true);
 
   const Tensor d_normed = scratch_.take({n, c.hidden}, type),
                normed = scratch_.take({n, c.hidden}, type);
@@ -200,17 +211,19 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   const Tensor r1 = k.r1;
   ops_.rmsnorm(normed, r1, k.x, w.input_norm, static_cast<float>(c.rms_eps));
   for (const Group& g : step.groups) {
-    if (g.adapter == nullptr || g.adapter->scales.empty()) continue;
+    if (!scaled_qkv(g, i)) continue;
     const AdapterLayer& l = g.adapter->layout.layers[i];
     const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
+    const Tensor d = d_qkv.row_range(g.begin, g.end);
+    ops_.zero(d_s.qkv);
+    ops_.scale_columns_backward(d, d_s.qkv, d, k.qkv.row_range(g.begin, g.end), s.qkv);
     for (std::size_t p = 0; p < 3; ++p) {
       if (!l.qkv_m.at(p).present()) continue;
-      const auto cut = [&](Tensor t) {
-        return t.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
+      const auto part = [&](Tensor t) {
+        return t.col_range(spans.at(p).begin, spans.at(p).end)
+            .reshaped({spans.at(p).end - spans.at(p).begin});
       };
-      ops_.zero(d_s.qkv.at(p));
-      ops_.scale_columns_backward(cut(d_qkv), d_s.qkv.at(p), cut(d_qkv), cut(k.qkv), s.qkv.at(p));
-      ops_.dora_magnitude_backward(l.qkv_m.at(p).grad, d_s.qkv.at(p), s.qkv_inverse.at(p));
+      ops_.dora_magnitude_backward(l.qkv_m.at(p).grad, part(d_s.qkv), part(s.qkv_inverse));
     }
   }
   if (needs_input) ops_.linear_backward(d_normed, d_qkv, w.qkv, false);

@@ -1,21 +1,31 @@
 #include "engine/device_adapter.h"
 
+#include <algorithm>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels/trace.h"
 
 namespace mixlora {
 namespace {
 
-/// Declares (scale, inverse) pairs beside every present magnitude.
-void declare_scales(Arena& arena, const AdapterLayer& l, DoraScales& s, bool inverses) {
-  const auto pair = [&](const Parameter& m, Tensor& scale, Tensor& inverse) {
-    if (!m.present()) return;
-    arena.declare("dora_scale", scale, m.shape, DType::f32);
-    if (inverses) arena.declare("dora_inverse", inverse, m.shape, DType::f32);
+bool all_qkv(const AdapterLayer& l) {
+  return std::all_of(l.qkv_m.begin(), l.qkv_m.end(), [](const auto& m) { return m.present(); });
+}
+/// Declares (scale, inverse) pairs beside every present magnitude; those of q, k, v as one.
+void declare_scales(Arena& arena, const ModelConfig& c, const AdapterLayer& l, DoraScales& s,
+                    bool inverses) {
+  const auto declare = [&](Shape shape, Tensor& scale, Tensor& inverse) {
+    arena.declare("dora_scale", scale, shape, DType::f32);
+    if (inverses) arena.declare("dora_inverse", inverse, shape, DType::f32);
   };
-  for (std::size_t i = 0; i < 3; ++i) pair(l.qkv_m.at(i), s.qkv.at(i), s.qkv_inverse.at(i));
+  const auto pair = [&](const Parameter& m, Tensor& scale, Tensor& inverse) {
+    if (m.present()) declare(m.shape, scale, inverse);
+  };
+  if (std::any_of(l.qkv_m.begin(), l.qkv_m.end(), [](const auto& m) { return m.present(); }))
+    declare({c.qkv_width()}, s.qkv, s.qkv_inverse);
   pair(l.o_m, s.o, s.o_inverse);
   pair(l.gate_m, s.gate, s.gate_inverse);
   pair(l.up_m, s.up, s.up_inverse);
@@ -60,8 +70,8 @@ DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const Adapt
   if (attention_dora(spec) || ffn_dora(spec)) {
     scales.resize(layout.layers.size());
     for (std::size_t i = 0; i < scales.size(); ++i)
-      declare_scales(arena_, layout.layers[i], scales[i], true);
-    if (trainable) declare_scales(arena_, layout.layers.front(), d_scales, false);
+      declare_scales(arena_, model, layout.layers[i], scales[i], true);
+    if (trainable) declare_scales(arena_, model, layout.layers.front(), d_scales, false);
   }
   if (has_router(spec)) {
     const auto layers = static_cast<std::int64_t>(layout.layers.size());
@@ -71,6 +81,9 @@ DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const Adapt
   }
   arena_.commit(ops);
   layout.bind(values.data, grads.data, compute.data, ops.activation_type(), ops.device(), by_layer);
+  const std::vector<float> ones(static_cast<std::size_t>(model.qkv_width()), 1.0F);
+  for (std::size_t i = 0; i < scales.size(); ++i)
+    if (scales[i].qkv && !all_qkv(layout.layers[i])) ops.upload(scales[i].qkv, ones.data());
 }
 
 void DeviceAdapter::upload(Backend& ops, std::span<const float> numbers) {
@@ -135,7 +148,7 @@ void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& sc
   const std::array<std::pair<std::int64_t, std::int64_t>, 3> spans{
       {{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
   const DType type = ops.activation_type();
-  const auto cut = [](ConstTensor t, std::int64_t begin, std::int64_t end) {
+  const auto cut = [](auto t, std::int64_t begin, std::int64_t end) {
     return t.col_range(begin, end).reshaped({end - begin});
   };
   for (std::size_t i = 0; i < scales.size(); ++i) {
@@ -143,53 +156,89 @@ void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& sc
     AdapterLayer& l = layout.layers[i];
     DoraScales& s = scales[i];
     const Scratch::Frame frame(scratch);
+    std::vector<DoraScale> calls;
+    // A W^T of several A in one product where they lie end to end; calls use(k, A W^T of the k-th).
+    const auto each_product = [&](std::span<const ConstTensor> as, const FrozenMatrix& matrix,
+                                  auto&& use) {
+      std::int64_t rows = 0;
+      bool together = true;
+      for (std::size_t k = 0; k < as.size(); ++k) {
+        rows += as[k].rows();
+        together = together &&
+                   (k == 0 || static_cast<const std::byte*>(as[k - 1].data) + as[k - 1].bytes() ==
+                                  as[k].data);
+      }
+      const Tensor all = scratch.take({rows, matrix.out}, type);
+      std::int64_t at = 0;
+      for (std::size_t k = 0; k < as.size(); ++k) {
+        const Tensor own = all.row_range(at, at + as[k].rows());
+        ConstTensor a = as[k];
+        a.shape = Shape{rows, a.cols()};
+        if (!together)
+          ops.linear(own, as[k], matrix);
+        else if (k == 0)
+          ops.linear(all, a, matrix);
+        use(k, ConstTensor(own));
+        at += as[k].rows();
+      }
+    };
+    std::vector<ConstTensor> as;
+    std::vector<std::size_t> which;
     for (std::size_t p = 0; p < 3; ++p) {
       if (!l.qkv_m.at(p).present()) continue;
-      const Scratch::Frame inner(scratch);
-      const ConstTensor a = l.qkv_a.at(p).compute;
-      const Tensor wa = scratch.take({a.rows(), c.qkv_width()}, type);
-      ops.linear(wa, a, w.qkv);
-      const auto [begin, end] = spans.at(p);
-      ops.dora_scale(s.qkv.at(p), s.qkv_inverse.at(p), l.qkv_m.at(p).value,
-                     cut(w.qkv_squared, begin, end), a, wa.col_range(begin, end),
-                     l.qkv_b.at(p).compute, attention_scale);
+      as.emplace_back(l.qkv_a.at(p).compute);
+      which.push_back(p);
     }
+    if (!as.empty())
+      each_product(as, w.qkv, [&](std::size_t k, ConstTensor wa) {
+        const std::size_t p = which[k];
+        const auto [begin, end] = spans.at(p);
+        calls.push_back({cut(s.qkv, begin, end), cut(s.qkv_inverse, begin, end),
+                         l.qkv_m.at(p).value, cut(w.qkv_squared, begin, end), as[k],
+                         wa.col_range(begin, end), l.qkv_b.at(p).compute, attention_scale});
+      });
     if (l.o_m.present()) {
-      const Tensor wa = scratch.take({l.o_a.compute.rows(), c.hidden}, type);
-      ops.linear(wa, l.o_a.compute, w.o);
-      ops.dora_scale(s.o, s.o_inverse, l.o_m.value, w.o_squared, l.o_a.compute, wa, l.o_b.compute,
-                     attention_scale);
+      const ConstTensor a = l.o_a.compute;
+      each_product({&a, 1}, w.o, [&](std::size_t, ConstTensor wa) {
+        calls.push_back(
+            {s.o, s.o_inverse, l.o_m.value, w.o_squared, a, wa, l.o_b.compute, attention_scale});
+      });
     }
     const auto by_expert = [&](Tensor scale, Tensor inverse, const Parameter& m,
                                ConstTensor squared, ConstTensor a, ConstTensor wa, auto&& b) {
       for (std::int64_t e = 0; e < experts; ++e) {
         const auto row = [&](auto t) { return t.row_range(e, e + 1).reshaped({t.cols()}); };
-        ops.dora_scale(row(scale), row(inverse), row(m.value), squared,
-                       a.row_range(e * rank, e * rank + rank),
-                       wa.row_range(e * rank, e * rank + rank), b(e), ffn_scale);
+        calls.push_back({row(scale), row(inverse), row(m.value), squared,
+                         a.row_range(e * rank, e * rank + rank),
+                         wa.row_range(e * rank, e * rank + rank), b(e), ffn_scale});
       }
     };
-    for (const bool up : {false, true}) {
-      const Parameter &m = up ? l.up_m : l.gate_m, &a = up ? l.up_a : l.gate_a,
-                      &b = up ? l.up_b : l.gate_b;
-      if (!m.present()) continue;
-      const Scratch::Frame inner(scratch);
-      const Tensor wa = scratch.take({experts * rank, 2 * c.ffn}, type);
-      ops.linear(wa, a.compute, w.gate_up);
-      const std::int64_t begin = up ? c.ffn : 0;
-      by_expert(up ? s.up : s.gate, up ? s.up_inverse : s.gate_inverse, m,
-                cut(w.gate_up_squared, begin, begin + c.ffn), a.compute,
-                wa.col_range(begin, begin + c.ffn),
-                [&](std::int64_t e) { return ConstTensor(b.compute.at(e)); });
+    as.clear();
+    which.clear();
+    for (const std::size_t up : {0, 1}) {
+      if (!(up == 1 ? l.up_m : l.gate_m).present()) continue;
+      as.emplace_back((up == 1 ? l.up_a : l.gate_a).compute);
+      which.push_back(up);
     }
+    if (!as.empty())
+      each_product(as, w.gate_up, [&](std::size_t k, ConstTensor wa) {
+        const bool up = which[k] == 1;
+        const std::int64_t begin = up ? c.ffn : 0;
+        by_expert(up ? s.up : s.gate, up ? s.up_inverse : s.gate_inverse, up ? l.up_m : l.gate_m,
+                  cut(ConstTensor(w.gate_up_squared), begin, begin + c.ffn), as[k],
+                  wa.col_range(begin, begin + c.ffn), [&](std::int64_t e) {
+                    return ConstTensor((up ? l.up_b : l.gate_b).compute.at(e));
+                  });
+      });
     if (l.down_m.present()) {
-      const Tensor wa = scratch.take({experts * rank, c.hidden}, type);
       const ConstTensor a = l.down_a.compute.reshaped({experts * rank, c.ffn});
-      ops.linear(wa, a, w.down);
-      by_expert(s.down, s.down_inverse, l.down_m, w.down_squared, a, wa, [&](std::int64_t e) {
-        return ConstTensor(l.down_b.compute.col_range(e * rank, e * rank + rank));
+      each_product({&a, 1}, w.down, [&](std::size_t, ConstTensor wa) {
+        by_expert(s.down, s.down_inverse, l.down_m, w.down_squared, a, wa, [&](std::int64_t e) {
+          return ConstTensor(l.down_b.compute.col_range(e * rank, e * rank + rank));
+        });
       });
     }
+    ops.dora_scales(calls);
   }
 }
 

@@ -14,7 +14,7 @@ namespace mixlora {
 
 /// DoRA's column scales c = m / n and 1 / n of one block; absent where there is no magnitude.
 struct DoraScales {
-  std::array<Tensor, 3> qkv, qkv_inverse;     // (out) f32
+  Tensor qkv, qkv_inverse;                    // (q | k | v) f32; 1 where one has no magnitude
   Tensor o, o_inverse;                        // (D) f32
   Tensor gate, gate_inverse, up, up_inverse;  // (E, F) f32
   Tensor down, down_inverse;                  // (E, D) f32

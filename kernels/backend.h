@@ -1,6 +1,7 @@
 // Backend: the engine's instruction set, every operation of a training step, once.
 #pragma once
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/arena.h"
@@ -39,6 +40,13 @@ struct Sequences {
   std::int64_t count = 0;       // S
   std::int64_t max_length = 0;  // longest own length
   std::int64_t max_prefix = 0;  // longest prefix; 0 when no sequence has one
+};
+
+/// One call of dora_scale.
+struct DoraScale {
+  Tensor scale, inverse_norm;
+  ConstTensor m, w_squared, a, wa, b;
+  float s = 1;
 };
 
 /// Grouped-query attention: H query heads, `kv_heads` key/value heads, D numbers a head.
@@ -231,6 +239,11 @@ class Backend {
   /// alpha / r
   virtual void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,
                           ConstTensor a, ConstTensor wa, ConstTensor b, float s) = 0;
+  /// Several at once, of one type: few launches where those count.
+  virtual void dora_scales(std::span<const DoraScale> all) {
+    for (const DoraScale& x : all)
+      dora_scale(x.scale, x.inverse_norm, x.m, x.w_squared, x.a, x.wa, x.b, x.s);
+  }
   /// d_m += d_scale * inverse_norm: n is a constant of the step.  all f32, same numel
   virtual void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale,
                                        ConstTensor inverse_norm) = 0;
@@ -247,6 +260,13 @@ class Backend {
   /// angles ids give the position. `inverse` turns the other way: the backward of the forward.
   virtual void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
                     bool inverse) = 0;
+  /// y = rope(scale * x), every column scaled, the values' too; y may be x.
+  /// scale ((H + 2 Hkv) D) f32
+  virtual void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
+                          Heads heads) {
+    scale_columns(y, x, scale);
+    rope(y, y, table, ids, heads, false);
+  }
   /// o = softmax(q k^T / sqrt(D)) v, causal within a sequence, its prefix seen by all its rows.
   /// qkv (N, (H + 2 Hkv) D)  o (N, H D)  lse (N, H) f32 = log of the softmax's denominator
   virtual void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s,
@@ -254,6 +274,13 @@ class Backend {
   /// d_qkv overwritten. Prefix rows collect from every sequence that saw them.
   virtual void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                   ConstTensor lse, const Sequences& s, Heads heads) = 0;
+  /// attention_backward, then d_q and d_k turned back by rope's inverse: one pass where that pays.
+  virtual void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
+                                       ConstTensor o, ConstTensor lse, const Sequences& s,
+                                       ConstTensor table, RowIds ids, Heads heads) {
+    attention_backward(d_qkv, d_o, qkv, o, lse, s, heads);
+    rope(d_qkv, d_qkv, table, ids, heads, true);
+  }
 
   // ---- routing -----------------------------------------------------------------------------
   /// logits = x Wg^T in f32.  logits (N, E) f32  x (N, D)  wg (E, D) f32

@@ -156,6 +156,9 @@ class TimedBackend final : public Backend {
     timed(Family::dora, "dora_scale",
           [&] { inner_.dora_scale(scale, inverse_norm, m, w_squared, a, wa, b, s); });
   }
+  void dora_scales(std::span<const DoraScale> all) override {
+    timed(Family::dora, "dora_scales", [&] { inner_.dora_scales(all); });
+  }
   void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override {
     timed(Family::dora, "dora_magnitude_backward",
           [&] { inner_.dora_magnitude_backward(d_m, d_scale, inverse_norm); });
@@ -172,6 +175,11 @@ class TimedBackend final : public Backend {
             bool inverse) override {
     timed(Family::attention, "rope", [&] { inner_.rope(y, x, table, ids, heads, inverse); });
   }
+  void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
+                  Heads heads) override {
+    timed(Family::attention, "scale_rope",
+          [&] { inner_.scale_rope(y, x, scale, table, ids, heads); });
+  }
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override {
     timed(Family::attention, "attention", [&] { inner_.attention(o, lse, qkv, s, heads); });
   }
@@ -179,6 +187,12 @@ class TimedBackend final : public Backend {
                           ConstTensor lse, const Sequences& s, Heads heads) override {
     timed(Family::attention, "attention_backward",
           [&] { inner_.attention_backward(d_qkv, d_o, qkv, o, lse, s, heads); });
+  }
+  void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
+                               ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
+                               Heads heads) override {
+    timed(Family::attention, "attention_rope_backward",
+          [&] { inner_.attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, table, ids, heads); });
   }
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override {
     timed(Family::router, "router_logits", [&] { inner_.router_logits(logits, x, wg); });

@@ -4,6 +4,7 @@
 
 #include "kernels/cases/op_cases.h"
 #include "kernels/reference/attention.h"
+#include "kernels/reference/dora.h"
 
 namespace mixlora::cases {
 namespace {
@@ -36,6 +37,19 @@ struct Layout {
   }
 };
 
+/// cos and sin of D/2 angles for n positions.
+std::vector<double> angles_of(Index n, Index d) {
+  std::vector<double> angles;
+  for (Index p = 0; p < n; ++p)
+    for (Index j = 0; j < d; ++j) {
+      const double a =
+          static_cast<double>(p) *
+          std::pow(1e4, -2.0 * static_cast<double>(j % (d / 2)) / static_cast<double>(d));
+      angles.push_back(j < d / 2 ? std::cos(a) : std::sin(a));
+    }
+  return angles;
+}
+
 void attention_cases(std::vector<OpCase>& t, const Layout& l) {
   const Index n = l.rows(), h = l.heads.heads, d = l.heads.head_dim;
   const double work = l.pairs() * static_cast<double>(d);
@@ -52,51 +66,72 @@ void attention_cases(std::vector<OpCase>& t, const Layout& l) {
                                 l.heads);
          };
        }});
-  t.push_back({"attention_backward " + l.name, kChained, 10 * work, [=](Workbench& w) {
-                 Array &qkv = w.input({n, l.width()}, w.act()),
-                       &table = w.integers({l.sequences(), 4}, l.table);
-                 Array& g = w.input({n, h * d}, w.act());
-                 std::vector<double> o_true(static_cast<std::size_t>(n * h * d)),
-                     lse_true(static_cast<std::size_t>(n * h));
-                 reference::attention(o_true.data(), lse_true.data(), qkv.data(), l.table.data(),
-                                      l.sequences(), l.heads);
-                 Array &o = w.numbers({n, h * d}, w.act(), o_true),
-                       &lse = w.numbers({n, h}, DType::f32, lse_true);
-                 Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
-                 w.run = [=, &w, &qkv, &table, &g, &o, &lse, &d_qkv] {
-                   w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device,
-                                            lse.device, l.on(table), l.heads);
-                 };
-                 w.reference = [=, &qkv, &g, &o, &lse, &d_qkv] {
-                   reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(),
-                                                 lse.data(), l.table.data(), l.sequences(), l.heads,
-                                                 n);
-                 };
-               }});
+  for (const bool turned : {false, true})
+    t.push_back(
+        {(turned ? "attention_rope_backward " : "attention_backward ") + l.name, kChained,
+         10 * work, [=](Workbench& w) {
+           Array &qkv = w.input({n, l.width()}, w.act()),
+                 &table = w.integers({l.sequences(), 4}, l.table);
+           Array& g = w.input({n, h * d}, w.act());
+           std::vector<double> o_true(static_cast<std::size_t>(n * h * d)),
+               lse_true(static_cast<std::size_t>(n * h));
+           reference::attention(o_true.data(), lse_true.data(), qkv.data(), l.table.data(),
+                                l.sequences(), l.heads);
+           Array &o = w.numbers({n, h * d}, w.act(), o_true),
+                 &lse = w.numbers({n, h}, DType::f32, lse_true);
+           Array &angles = w.numbers({n, d}, DType::f32, angles_of(n, d)), &ids = w.row_ids(n);
+           Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
+           w.run = [=, &w, &qkv, &table, &g, &o, &lse, &angles, &ids, &d_qkv] {
+             if (turned)
+               w.ops.attention_rope_backward(d_qkv.device, g.device, qkv.device, o.device,
+                                             lse.device, l.on(table), angles.device, ids.device,
+                                             l.heads);
+             else
+               w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device, lse.device,
+                                        l.on(table), l.heads);
+           };
+           w.reference = [=, &qkv, &g, &o, &lse, &angles, &ids, &d_qkv] {
+             reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(), lse.data(),
+                                           l.table.data(), l.sequences(), l.heads, n);
+             if (turned)
+               reference::rope(d_qkv.data(), d_qkv.data(), angles.data(), ids.index(), l.heads,
+                               true, n);
+           };
+         }});
 }
 
 OpCase rope(const Layout& l, bool inverse) {
   const Index n = l.rows(), d = l.heads.head_dim;
-  return {
-      "rope " + l.name + (inverse ? " inverse" : ""), kRounded,
-      6.0 * static_cast<double>(n * l.width()) / 2, [=](Workbench& w) {
-        std::vector<double> angles;
-        for (Index p = 0; p < n; ++p)
-          for (Index j = 0; j < d; ++j) {
-            const double a =
-                static_cast<double>(p) *
-                std::pow(1e4, -2.0 * static_cast<double>(j % (d / 2)) / static_cast<double>(d));
-            angles.push_back(j < d / 2 ? std::cos(a) : std::sin(a));
-          }
-        Array &x = w.input({n, l.width()}, w.act()), &table = w.numbers({n, d}, DType::f32, angles);
-        Array &ids = w.row_ids(n), &y = w.output("y", {n, l.width()}, w.act());
-        w.run = [=, &w, &x, &table, &ids, &y] {
-          w.ops.rope(y.device, x.device, table.device, ids.device, l.heads, inverse);
-        };
-        w.reference = [=, &x, &table, &ids, &y] {
-          reference::rope(y.data(), x.data(), table.data(), ids.index(), l.heads, inverse, n);
-        };
-      }};
+  return {"rope " + l.name + (inverse ? " inverse" : ""), kRounded,
+          6.0 * static_cast<double>(n * l.width()) / 2, [=](Workbench& w) {
+            Array &x = w.input({n, l.width()}, w.act()),
+                  &table = w.numbers({n, d}, DType::f32, angles_of(n, d));
+            Array &ids = w.row_ids(n), &y = w.output("y", {n, l.width()}, w.act());
+            w.run = [=, &w, &x, &table, &ids, &y] {
+              w.ops.rope(y.device, x.device, table.device, ids.device, l.heads, inverse);
+            };
+            w.reference = [=, &x, &table, &ids, &y] {
+              reference::rope(y.data(), x.data(), table.data(), ids.index(), l.heads, inverse, n);
+            };
+          }};
+}
+
+OpCase scale_rope(const Layout& l) {
+  const Index n = l.rows(), d = l.heads.head_dim;
+  return {"scale_rope " + l.name, kRounded, 7.0 * static_cast<double>(n * l.width()) / 2,
+          [=](Workbench& w) {
+            Array &x = w.input({n, l.width()}, w.act()),
+                  &scale = w.input({l.width()}, DType::f32, 0.1, 1),
+                  &table = w.numbers({n, d}, DType::f32, angles_of(n, d));
+            Array &ids = w.row_ids(n), &y = w.output("y", {n, l.width()}, w.act());
+            w.run = [=, &w, &x, &scale, &table, &ids, &y] {
+              w.ops.scale_rope(y.device, x.device, scale.device, table.device, ids.device, l.heads);
+            };
+            w.reference = [=, &x, &scale, &table, &ids, &y] {
+              reference::scale_columns(y.data(), x.data(), scale.data(), n, l.width());
+              reference::rope(y.data(), y.data(), table.data(), ids.index(), l.heads, false, n);
+            };
+          }};
 }
 
 }  // namespace
@@ -109,10 +144,13 @@ void add_attention_cases(std::vector<OpCase>& t) {
        {0, 70, 0, 0, 70, 3, 0, 70, 73, 17, 0, 70, 90, 1, 0, 33},
        {9, 3, 64}},
       {"2x128 9:3x64 (SmolLM2)", {0, 128, 0, 0, 128, 128, 0, 0}, {9, 3, 64}},
-      {"2x96 4:4x128 (Llama)", {0, 96, 0, 0, 96, 96, 0, 0}, {4, 4, 128}}};
+      {"2x96 4:4x128 (Llama)", {0, 96, 0, 0, 96, 96, 0, 0}, {4, 4, 128}},
+      // More than two tiles of 128 queries or of a prefix's keys, none whole at its end.
+      {"300 and a choice of 150 of them 4:2x128", {0, 300, 0, 0, 300, 40, 0, 150}, {4, 2, 128}}};
   for (const Layout& l : layouts) {
     t.push_back(rope(l, false));
     t.push_back(rope(l, true));
+    t.push_back(scale_rope(l));
     attention_cases(t, l);
   }
 }

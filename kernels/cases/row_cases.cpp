@@ -148,6 +148,40 @@ void dora_cases(std::vector<OpCase>& t, Index n, Index out, Index in, Index rank
                                  wa.data(), b.data(), 2, out, in, rank);
          };
        }});
+  t.push_back(
+      {"dora_scales 2 of " + times({out, in, rank}), kSummed,
+       4.0 * static_cast<double>(rank * (rank * in + out * (rank + 1))), [=](Workbench& w) {
+         // The second is smaller and of half the rank, its A the first rows of the first's.
+         const Index less = out / 2 + 1, half = (rank + 1) / 2;
+         Array &m = w.input({out}, DType::f32, 0.2, 2),
+               &squares = w.input({out}, DType::f32, 0.2, 4);
+         Array &a = w.input({rank, in}, w.act(), 0.05), &wa = w.input({rank, out}, w.act(), 0.1);
+         Array &b = w.input({out, rank}, w.act(), 0.1), &b2 = w.input({less, half}, w.act(), 0.1);
+         Array& wa2 = w.input({half, less}, w.act(), 0.1);
+         Array &scale = w.output("scale", {out}, DType::f32),
+               &inverse = w.output("inverse_norm", {out}, DType::f32),
+               &scale2 = w.output("scale of the second", {less}, DType::f32),
+               &inverse2 = w.output("inverse_norm of the second", {less}, DType::f32);
+         w.run = [=, &w, &m, &squares, &a, &wa, &b, &b2, &wa2, &scale, &inverse, &scale2,
+                  &inverse2] {
+           const auto front = [less](const Array& x) {
+             return ConstTensor(x.device).col_range(0, less).reshaped({less});
+           };
+           const DoraScale both[] = {
+               {scale.device, inverse.device, m.device, squares.device, a.device, wa.device,
+                b.device, 2},
+               {scale2.device, inverse2.device, front(m), front(squares),
+                ConstTensor(a.device).row_range(0, half), wa2.device, b2.device, 0.5F}};
+           w.ops.dora_scales(both);
+         };
+         w.reference = [=, &m, &squares, &a, &wa, &b, &b2, &wa2, &scale, &inverse, &scale2,
+                        &inverse2] {
+           reference::dora_scale(scale.data(), inverse.data(), m.data(), squares.data(), a.data(),
+                                 wa.data(), b.data(), 2, out, in, rank);
+           reference::dora_scale(scale2.data(), inverse2.data(), m.data(), squares.data(), a.data(),
+                                 wa2.data(), b2.data(), 0.5, less, in, half);
+         };
+       }});
   t.push_back({"dora_magnitude_backward " + times({out}), kRounded, 2.0 * static_cast<double>(out),
                [=](Workbench& w) {
                  Array &d_m = w.updated("d_m", {out}, DType::f32), &g = w.input({out}, DType::f32),

@@ -1,15 +1,15 @@
 // Causal grouped-query attention over packed sequences with shared prefixes.
 //
 // Tensor-core kernels for heads of 64 and 128 in bf16, in the manner of FlashAttention-2 [Dao
-// 2023]: a block has 64 rows of one head, keys and values pass through shared memory, nothing of
-// size rows x keys is kept. Backward is two kernels, by keys and by queries, so that no two blocks
-// add to one number. Plain kernels, one warp a row and head, serve f32 and other head sizes.
+// 2023]: a block has 128 queries of one head, keys and values pass through shared memory, nothing
+// of size rows x keys is kept. Backward is two kernels, by queries and by 64 keys, so that no two
+// blocks add to one number. Plain kernels, one warp a row and head, serve f32 and other head sizes.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/cuda/tensor_core.cuh"
+#include "kernels/cuda/tiles.cuh"
 
 namespace mixlora {
 namespace {
@@ -19,8 +19,9 @@ using namespace cuda;  // NOLINT: this file is the CUDA backend's
 template <class T> struct AttentionCall {
   const T *qkv, *o, *d_o;  // (N, (H + 2 Hkv) D), (N, H D)
   T *out, *d_qkv;
-  float* lse;         // (N, H)
-  const float* mean;  // (N, H): d_o . o
+  float *lse, *mean;  // (N, H); mean: d_o . o
+  const float* rope;  // (positions, D): d_q and d_k are turned back by these angles; or null
+  const std::int32_t* ids;
   const std::int32_t* table;
   int sequences, heads, kv_heads, head_dim;
   bool prefixes;
@@ -162,83 +163,22 @@ __global__ void mean_kernel(float* mean, const T* d_o, const T* o, int d, Index 
 // ---- tensor cores --------------------------------------------------------------------------
 
 using Number = __nv_bfloat16;
-constexpr int kTile = 64;  // rows of a block: 16 a warp
-constexpr int kWarps = kTile / 16, kThreads = kWarps * kWarp;
-constexpr int kInner = 32;  // rows of the other side at a time, in backward
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kWarpQueries = 32, kQueries = kWarps * kWarpQueries;  // of a block by queries
+constexpr int kSeenKeys = 64;                                       // of a tile, in forward
+constexpr int kMetKeys = 32;                                        // of a tile, for d_q
+constexpr int kWarpKeys = 16, kKeys = kWarps * kWarpKeys;           // of a block by keys
+constexpr int kMetQueries = 32;                                     // of a tile, for d_k and d_v
 constexpr float kLog2E = 1.44269504F;
 
-/// Rows in shared memory, 16 bytes apart from a multiple of 128, so that eight rows' chunks lie in
-/// different banks.
-template <int D> struct Rows {
-  static constexpr int kStride = D + 8;
-  Number* at;
-  __device__ explicit Rows(Number* p) : at(p) {}
-  static constexpr int bytes(int rows) { return rows * kStride * static_cast<int>(sizeof(Number)); }
-};
-
-/// Copies `count` rows of `total` (the rest zeros) of D numbers to shared memory, asynchronously.
-template <int D, class RowOf>
-__device__ void copy_rows(Rows<D> to, int total, int count, RowOf row_of) {
-  constexpr int kChunks = D / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < total * kChunks; i += kThreads) {
-    const int r = i / kChunks, c = i % kChunks * 8;
-    Number* dst = to.at + r * Rows<D>::kStride + c;
-    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(dst));
-    const bool there = r < count;
-    const Number* src = there ? row_of(r) + c : row_of(0);
-    const int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(src),
-                 "r"(bytes));
-  }
-  asm volatile("cp.async.commit_group;");
-}
-template <int N> __device__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
-
-/// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ void load_matrices(unsigned (&x)[4], const Number* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
-}
-__device__ void load_matrices_transposed(unsigned (&x)[4], const Number* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
-}
-/// A operand: rows [r, r+16) and columns [c, c+16).
-template <int D> __device__ void load_as_a(unsigned (&x)[4], Rows<D> rows, int r, int c, int lane) {
-  load_matrices(x, rows.at + (r + lane % 16) * Rows<D>::kStride + c + lane / 16 * 8);
-}
-/// Two B operands of x = rows^T: inner dimension the columns [c, c+16), outer the rows [r, r+8) in
-/// x[0], x[1] and [r+8, r+16) in x[2], x[3].
-template <int D>
-__device__ void load_as_bt(unsigned (&x)[4], Rows<D> rows, int r, int c, int lane) {
-  load_matrices(x,
-                rows.at + (r + lane % 8 + lane / 16 * 8) * Rows<D>::kStride + c + lane / 8 % 2 * 8);
-}
-/// Two B operands of x = rows: inner dimension the rows [r, r+16), outer the columns [c, c+8) and
-/// [c+8, c+16).
-template <int D> __device__ void load_as_b(unsigned (&x)[4], Rows<D> rows, int r, int c, int lane) {
-  load_matrices_transposed(x, rows.at + (r + lane % 16) * Rows<D>::kStride + c + lane / 16 * 8);
-}
-
-__device__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
-}
-__device__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-}
-
-/// The key tiles that 64 queries from `first` of a sequence meet: its prefix, then itself.
+/// The key tiles that a block's queries, `last` the end of them, meet: the prefix, then their own.
 template <int Size> struct KeyTiles {
   Sequence s;
   int prefix_tiles, count;
-  __device__ KeyTiles(const Sequence& of, int first)
+  __device__ KeyTiles(const Sequence& of, int last)
       : s(of),
         prefix_tiles(ceil_div(of.prefix_length, Size)),
-        count(prefix_tiles + ceil_div(min(of.length, first + kTile), Size)) {}
+        count(prefix_tiles + ceil_div(min(of.length, last), Size)) {}
   __device__ bool is_prefix(int t) const { return t < prefix_tiles; }
   __device__ int first(int t) const { return (is_prefix(t) ? t : t - prefix_tiles) * Size; }
   __device__ int rows(int t) const {
@@ -251,326 +191,474 @@ template <int Size> struct KeyTiles {
   }
 };
 
-/// Keys and values of tile t into their half of the room for two tiles.
+/// Starts copying keys and values of tile t into their half of the room for two tiles.
 template <int D, int Size>
 __device__ void copy_tile(Number* room, const AttentionCall<Number>& m, const KeyTiles<Size>& tiles,
                           int t, int kv) {
-  Number* at = room + t % 2 * 2 * Size * Rows<D>::kStride;
+  Number* at = room + t % 2 * 2 * Size * TileRows<D>::kStride;
+  const Number* keys = m.key(tiles.row(t), kv);
   const int rows = tiles.rows(t);
-  const Index first = tiles.row(t);
-  copy_rows<D>(Rows<D>(at), Size, rows, [&](int r) { return m.key(first + r, kv); });
-  copy_rows<D>(Rows<D>(at + Size * Rows<D>::kStride), Size, rows,
-               [&](int r) { return m.value(first + r, kv); });
-}
-/// Two neighbouring 16x8 tiles c += a b, b as load_as_bt and load_as_b give it.
-__device__ void mma2(float (&left)[4], float (&right)[4], const unsigned (&a)[4],
-                     const unsigned (&b)[4]) {
-  mma(left, a[0], a[1], a[2], a[3], b[0], b[1]);
-  mma(right, a[0], a[1], a[2], a[3], b[2], b[3]);
-}
-/// The same with a of the packed C tiles 2k and 2k + 1.
-template <int N>
-__device__ void mma2(float (&left)[4], float (&right)[4], const unsigned (&p)[N][2], int k,
-                     const unsigned (&b)[4]) {
-  mma(left, p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
-  mma(right, p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
+  copy_rows<Size, kThreads>(TileRows<D>(at), keys, m.width(), rows);
+  copy_rows<Size, kThreads>(TileRows<D>(at + Size * TileRows<D>::kStride), keys + m.kv_heads * D,
+                            m.width(), rows);
 }
 
+/// Packs 16 rows of C tiles into a warp's own rows of shared memory, from where copy_out takes them
+/// in whole chunks; row h of a lane times by[h].
 template <int D>
-__global__ void __launch_bounds__(kThreads) tile_forward(const AttentionCall<Number> m) {
+__device__ void stage(TileRows<D> to, int r, const float (&x)[D / 8][4], float by0, float by1,
+                      int lane) {
+  const float by[2] = {by0, by1};
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<unsigned*>(to.at + (r + lane / 4 + 8 * h) * TileRows<D>::kStride + 8 * n +
+                                   lane % 4 * 2) =
+          pack2(x[n][2 * h] * by[h], x[n][2 * h + 1] * by[h]);
+}
+/// A warp copies its rows [r, r + Count) of shared memory, as far as below `rows`, to rows
+/// `stride` numbers apart; `first` is where row 0 goes.
+template <int Count, int D>
+__device__ void copy_out(Number* first, Index stride, TileRows<D> from, int r, int rows, int lane) {
+  constexpr int kChunks = D / 8, kStep = kWarp / kChunks;
+#pragma unroll 4
+  for (int i = r + lane / kChunks; i < r + Count; i += kStep)
+    if (i < rows)
+      *reinterpret_cast<uint4*>(first + i * stride + lane % kChunks * 8) =
+          *reinterpret_cast<const uint4*>(from.at + i * TileRows<D>::kStride + lane % kChunks * 8);
+}
+
+/// Turns row h of a lane's C tiles back by the rotary angles of row n[h].
+template <int D>
+__device__ void turn_back(float (&x)[D / 8][4], const AttentionCall<Number>& m, Index n0, Index n1,
+                          int lane) {
+  const Index n[2] = {n0, n1};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float* angles = m.rope + static_cast<Index>(m.ids[4 * n[h] + 1]) * D + lane % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const float2 cosine = *reinterpret_cast<const float2*>(angles + 8 * c),
+                   sine = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * c);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float &left = x[c][2 * h + i], &right = x[c + D / 16][2 * h + i];
+        const float a = left, b = right, cos = i == 0 ? cosine.x : cosine.y,
+                    sin = i == 0 ? sine.x : sine.y;
+        left = a * cos + b * sin;
+        right = b * cos - a * sin;
+      }
+    }
+  }
+}
+
+/// 128 queries of one head, 32 a warp; keys and values pass in tiles of 64, the next on its way
+/// while one is used.
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<Number> m) {
   extern __shared__ __align__(16) Number shared[];
-  constexpr int kSize = kTile * Rows<D>::kStride;
+  constexpr int kStride = TileRows<D>::kStride;
   const Sequence s = sequence_of(m.table, static_cast<int>(blockIdx.z));
   // Long rows first: they take longest.
-  const int first = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kTile;
+  const int first = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kQueries;
   if (first >= s.length) return;
   const int head = static_cast<int>(blockIdx.y), kv = m.kv_of(head);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int g = lane / 4, q4 = lane % 4;
-  const KeyTiles<kTile> tiles(s, first);
-  const auto fetch = [&](int t) { copy_tile<D>(shared, m, tiles, t, kv); };
-  fetch(0);
-  const int position[2] = {first + warp * 16 + g, first + warp * 16 + g + 8};
-  unsigned q[D / 16][4];
-#pragma unroll
-  for (int c = 0; c < D / 16; ++c)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int p = min(position[i % 2], s.length - 1);
-      q[c][i] = load_pair(m.query(s.begin + p, head) + 16 * c + 2 * q4 + i / 2 * 8);
-    }
-  float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpQueries;
+  const KeyTiles<kSeenKeys> tiles(s, first + kQueries);
+  const TileRows<D> queries(shared);
+  Number* room = shared + kQueries * kStride;
+  copy_rows<kQueries, kThreads>(queries, m.query(s.begin + first, head), m.width(),
+                                s.length - first);
+  copy_tile<D>(room, m, tiles, 0, kv);
+  commit_copies();
+  float o[2][D / 8][4] = {}, top[2][2], total[2][2] = {};
+  for (auto& half : top) half[0] = half[1] = -INFINITY;
   const float to_log2 = m.root * kLog2E;
 
   for (int t = 0; t < tiles.count; ++t) {
+    wait_copies<0>();
+    __syncthreads();  // tile t is here, and the other half of the room is free
     if (t + 1 < tiles.count) {
-      fetch(t + 1);
-      wait_copies<2>();
-    } else {
-      wait_copies<0>();
+      copy_tile<D>(room, m, tiles, t + 1, kv);
+      commit_copies();
     }
-    __syncthreads();
-    const Rows<D> keys(shared + t % 2 * 2 * kSize), values(shared + t % 2 * 2 * kSize + kSize);
-    float score[kTile / 8][4] = {};
+    if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
+      continue;
+    const TileRows<D> keys(room + t % 2 * 2 * kSeenKeys * kStride),
+        values(keys.at + kSeenKeys * kStride);
+    float score[2][kSeenKeys / 8][4] = {};
 #pragma unroll
-    for (int n = 0; n < kTile / 16; ++n)
+    for (int c = 0; c < D / 16; ++c) {
+      unsigned q[2][4];
+      load_as_a(q[0], queries, row0, 16 * c, lane);
+      load_as_a(q[1], queries, row0 + 16, 16 * c, lane);
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
+      for (int n = 0; n < kSeenKeys / 16; ++n) {
         unsigned b[4];
-        load_as_bt<D>(b, keys, 16 * n, 16 * c, lane);
-        mma2(score[2 * n], score[2 * n + 1], q[c], b);
+        load_as_bt(b, keys, 16 * n, 16 * c, lane);
+        mma2(score[0][2 * n], score[0][2 * n + 1], q[0], b);
+        mma2(score[1][2 * n], score[1][2 * n + 1], q[1], b);
       }
-    unsigned p[kTile / 8][2];
+    }
+    if (tiles.visible(t, first + row0) < kSeenKeys) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int visible = tiles.visible(t, position[h]);
-      float most = -INFINITY;
+      for (int r = 0; r < 4; ++r) {
+        const int visible = tiles.visible(t, first + row0 + 8 * r + lane / 4);
 #pragma unroll
-      for (int n = 0; n < kTile / 8; ++n)
+        for (int n = 0; n < kSeenKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = score[n][2 * h + i];
-          x = 8 * n + 2 * q4 + i < visible ? x * to_log2 : -INFINITY;
-          most = fmaxf(most, x);
-        }
-      const float next = fmaxf(top[h], quad_max(most));
-      const float base = next == -INFINITY ? 0.0F : next;  // a row that has seen nothing yet
-      const float shrink = exp2f(top[h] - base);
+          for (int i = 0; i < 2; ++i)
+            if (8 * n + lane % 4 * 2 + i >= visible) score[r / 2][n][r % 2 * 2 + i] = -INFINITY;
+      }
+    }
+    unsigned p[2][kSeenKeys / 8][2];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      auto& x = score[r / 2];
+      const int h = r % 2;
+      float &most = top[r / 2][h], next = most;
+#pragma unroll
+      for (int n = 0; n < kSeenKeys / 8; ++n)
+        next = fmaxf(next, fmaxf(x[n][2 * h], x[n][2 * h + 1]));
+      next = quad_max(next);
+      const float base = next == -INFINITY ? 0.0F : next * to_log2;  // a row that sees nothing yet
+      const float shrink = power_of_two(most * to_log2 - base);
+      const bool grew = next > most;
+      most = next;
       float sum = 0;
 #pragma unroll
-      for (int n = 0; n < kTile / 8; ++n) {
-        const float x0 = exp2f(score[n][2 * h] - base), x1 = exp2f(score[n][2 * h + 1] - base);
+      for (int n = 0; n < kSeenKeys / 8; ++n) {
+        const float x0 = power_of_two(x[n][2 * h] * to_log2 - base),
+                    x1 = power_of_two(x[n][2 * h + 1] * to_log2 - base);
         sum += x0 + x1;
-        p[n][h] = pack2(x0, x1);
+        p[r / 2][n][h] = pack2(x0, x1);
       }
-      total[h] = total[h] * shrink + quad_sum(sum);
-      top[h] = next;
+      total[r / 2][h] = total[r / 2][h] * shrink + sum;  // this lane's keys alone
+      if (__any_sync(kAll, grew)) {
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        o[n][2 * h] *= shrink;
-        o[n][2 * h + 1] *= shrink;
+        for (int n = 0; n < D / 8; ++n) {
+          o[r / 2][n][2 * h] *= shrink;
+          o[r / 2][n][2 * h + 1] *= shrink;
+        }
       }
     }
 #pragma unroll
-    for (int k = 0; k < kTile / 16; ++k)
+    for (int k = 0; k < kSeenKeys / 16; ++k)
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
-        load_as_b<D>(b, values, 16 * k, 16 * n, lane);
-        mma2(o[2 * n], o[2 * n + 1], p, k, b);
+        load_as_b(b, values, 16 * k, 16 * n, lane);
+        mma2(o[0][2 * n], o[0][2 * n + 1], p[0], k, b);
+        mma2(o[1][2 * n], o[1][2 * n + 1], p[1], k, b);
       }
-    __syncthreads();
   }
+  __syncwarp();  // these rows of the queries are this warp's alone
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (position[h] >= s.length) continue;
-    const Index at = (s.begin + position[h]) * m.heads + head;
-    const float inverse = 1.0F / total[h];
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<unsigned*>(m.out + at * D + 8 * n + 2 * q4) =
-          pack2(o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse);
-    if (q4 == 0) m.lse[at] = (top[h] + log2f(total[h])) / kLog2E;
-  }
-}
-
-/// d_q of 64 queries of one head.
-template <int D>
-__global__ void __launch_bounds__(kThreads) tile_d_query(const AttentionCall<Number> m) {
-  extern __shared__ __align__(16) Number shared[];
-  constexpr int kSize = kInner * Rows<D>::kStride;
-  const Sequence s = sequence_of(m.table, static_cast<int>(blockIdx.z));
-  const int first = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kTile;
-  if (first >= s.length) return;
-  const int head = static_cast<int>(blockIdx.y), kv = m.kv_of(head);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int g = lane / 4, q4 = lane % 4;
-  const KeyTiles<kInner> tiles(s, first);
-  const auto fetch = [&](int t) { copy_tile<D>(shared, m, tiles, t, kv); };
-  fetch(0);
-  const int position[2] = {first + warp * 16 + g, first + warp * 16 + g + 8};
-  unsigned q[D / 16][4], d_o[D / 16][4];
-  float lse[2], mean[2];
-#pragma unroll
-  for (int c = 0; c < D / 16; ++c)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Index n = s.begin + min(position[i % 2], s.length - 1);
-      const int at = 16 * c + 2 * q4 + i / 2 * 8;
-      q[c][i] = load_pair(m.query(n, head) + at);
-      d_o[c][i] = load_pair(m.d_o + (n * m.heads + head) * D + at);
-    }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const Index at = (s.begin + min(position[h], s.length - 1)) * m.heads + head;
-    lse[h] = m.lse[at] * kLog2E;
-    mean[h] = m.mean[at];
-  }
-  float d_q[D / 8][4] = {};
-  const float to_log2 = m.root * kLog2E;
-  for (int t = 0; t < tiles.count; ++t) {
-    if (t + 1 < tiles.count) {
-      fetch(t + 1);
-      wait_copies<2>();
-    } else {
-      wait_copies<0>();
-    }
-    __syncthreads();
-    const Rows<D> keys(shared + t % 2 * 2 * kSize), values(shared + t % 2 * 2 * kSize + kSize);
-    float score[kInner / 8][4] = {}, d_p[kInner / 8][4] = {};
-#pragma unroll
-    for (int n = 0; n < kInner / 16; ++n)
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        unsigned b[4];
-        load_as_bt<D>(b, keys, 16 * n, 16 * c, lane);
-        mma2(score[2 * n], score[2 * n + 1], q[c], b);
-        load_as_bt<D>(b, values, 16 * n, 16 * c, lane);
-        mma2(d_p[2 * n], d_p[2 * n + 1], d_o[c], b);
-      }
-    unsigned d_s[kInner / 8][2];
+  for (int half = 0; half < 2; ++half) {
+    float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int visible = tiles.visible(t, position[h]);
+      const float sum = quad_sum(total[half][h]);
+      inverse[h] = 1.0F / sum;
+      const int i = first + row0 + 16 * half + 8 * h + lane / 4;
+      if (lane % 4 == 0 && i < s.length)
+        m.lse[(s.begin + i) * m.heads + head] = top[half][h] * m.root + logf(sum);
+    }
+    stage(queries, row0 + 16 * half, o[half], inverse[0], inverse[1], lane);
+  }
+  __syncwarp();
+  copy_out<kWarpQueries>(m.out + ((s.begin + first) * m.heads + head) * D,
+                         static_cast<Index>(m.heads) * D, queries, row0, s.length - first, lane);
+}
+
+/// d_q of 128 queries of one head, 32 a warp; also their d_o . o, which tile_d_key_value reads.
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<Number> m) {
+  extern __shared__ __align__(16) Number shared[];
+  constexpr int kStride = TileRows<D>::kStride;
+  const Sequence s = sequence_of(m.table, static_cast<int>(blockIdx.z));
+  const int first = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kQueries;
+  if (first >= s.length) return;
+  const int head = static_cast<int>(blockIdx.y), kv = m.kv_of(head);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpQueries;
+  const KeyTiles<kMetKeys> tiles(s, first + kQueries);
+  const TileRows<D> queries(shared), d_out(shared + kQueries * kStride);
+  Number* room = shared + 2 * kQueries * kStride;
+  const Index at = (s.begin + first) * m.heads + head;  // of row 0, among rows and heads
+  copy_rows<kQueries, kThreads>(queries, m.query(s.begin + first, head), m.width(),
+                                s.length - first);
+  copy_rows<kQueries, kThreads>(d_out, m.d_o + at * D, static_cast<Index>(m.heads) * D,
+                                s.length - first);
+  copy_tile<D>(room, m, tiles, 0, kv);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+
+  float lse[4] = {}, mean[4] = {};  // rows 8 r + lane / 4
+  {
+    constexpr int kChunks = D / 8, kStep = kWarp / kChunks;
+    const int col = lane % kChunks * 8;
+#pragma unroll 4
+    for (int r = 0; r < kWarpQueries; r += kStep) {
+      const int row = row0 + r + lane / kChunks;
+      float sum = 0;
+      if (first + row < s.length) {
+        const Eight x = load8(m.o + (at + static_cast<Index>(row) * m.heads) * D + col),
+                    y = load8(d_out.at + row * kStride + col);
 #pragma unroll
-      for (int n = 0; n < kInner / 8; ++n) {
+        for (int i = 0; i < 8; ++i) sum += x.v[i] * y.v[i];
+      }
+#pragma unroll
+      for (int step = kChunks / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+      if (lane % kChunks == 0 && first + row < s.length)
+        m.mean[at + static_cast<Index>(row) * m.heads] = sum;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = row0 + 8 * r + lane / 4;
+      if (first + row >= s.length) continue;
+      lse[r] = m.lse[at + static_cast<Index>(row) * m.heads] * kLog2E;
+      mean[r] = m.mean[at + static_cast<Index>(row) * m.heads];
+    }
+  }
+  float d_q[2][D / 8][4] = {};
+  const float to_log2 = m.root * kLog2E;
+  for (int t = 0; t < tiles.count; ++t) {
+    if (t > 0) {
+      wait_copies<0>();
+      __syncthreads();
+    }
+    if (t + 1 < tiles.count) {
+      copy_tile<D>(room, m, tiles, t + 1, kv);
+      commit_copies();
+    }
+    if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
+      continue;
+    const TileRows<D> keys(room + t % 2 * 2 * kMetKeys * kStride),
+        values(keys.at + kMetKeys * kStride);
+    float score[2][kMetKeys / 8][4] = {}, d_p[2][kMetKeys / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      unsigned a[2][4], b[kMetKeys / 16][4];
+      const auto multiply = [&](TileRows<D> left, TileRows<D> right,
+                                float(&to)[2][kMetKeys / 8][4]) {
+        load_as_a(a[0], left, row0, 16 * c, lane);
+        load_as_a(a[1], left, row0 + 16, 16 * c, lane);
+#pragma unroll
+        for (int n = 0; n < kMetKeys / 16; ++n) {
+          load_as_bt(b[n], right, 16 * n, 16 * c, lane);
+          mma2(to[0][2 * n], to[0][2 * n + 1], a[0], b[n]);
+          mma2(to[1][2 * n], to[1][2 * n + 1], a[1], b[n]);
+        }
+      };
+      multiply(queries, keys, score);
+      multiply(d_out, values, d_p);
+    }
+    const bool whole = tiles.visible(t, first + row0) == kMetKeys;
+    unsigned d_s[2][kMetKeys / 8][2];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int h = r % 2;
+      const int visible = whole ? kMetKeys : tiles.visible(t, first + row0 + 8 * r + lane / 4);
+#pragma unroll
+      for (int n = 0; n < kMetKeys / 8; ++n) {
         float x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float p =
-              8 * n + 2 * q4 + i < visible ? exp2f(score[n][2 * h + i] * to_log2 - lse[h]) : 0.0F;
-          x[i] = p * (d_p[n][2 * h + i] - mean[h]);
+          const float p = power_of_two(score[r / 2][n][2 * h + i] * to_log2 - lse[r]);
+          x[i] =
+              8 * n + lane % 4 * 2 + i < visible ? p * (d_p[r / 2][n][2 * h + i] - mean[r]) : 0.0F;
         }
-        d_s[n][h] = pack2(x[0], x[1]);
+        d_s[r / 2][n][h] = pack2(x[0], x[1]);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kInner / 16; ++k)
+    for (int k = 0; k < kMetKeys / 16; ++k)
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
-        load_as_b<D>(b, keys, 16 * k, 16 * n, lane);
-        mma2(d_q[2 * n], d_q[2 * n + 1], d_s, k, b);
+        load_as_b(b, keys, 16 * k, 16 * n, lane);
+        mma2(d_q[0][2 * n], d_q[0][2 * n + 1], d_s[0], k, b);
+        mma2(d_q[1][2 * n], d_q[1][2 * n + 1], d_s[1], k, b);
       }
-    __syncthreads();
   }
+  __syncwarp();  // these rows of the queries are this warp's alone
+  if (first + row0 >= s.length) return;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (position[h] >= s.length) continue;
-    Number* row = m.d_qkv + (s.begin + position[h]) * m.width() + head * D;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<unsigned*>(row + 8 * n + 2 * q4) =
-          pack2(m.root * d_q[n][2 * h], m.root * d_q[n][2 * h + 1]);
+  for (int half = 0; half < 2; ++half) {
+    if (m.rope != nullptr) {
+      const int i = first + row0 + 16 * half + lane / 4;
+      turn_back<D>(d_q[half], m, s.begin + min(i, s.length - 1), s.begin + min(i + 8, s.length - 1),
+                   lane);
+    }
+    stage(queries, row0 + 16 * half, d_q[half], m.root, m.root, lane);
   }
+  __syncwarp();
+  copy_out<kWarpQueries>(m.d_qkv + (s.begin + first) * m.width() + head * D, m.width(), queries,
+                         row0, s.length - first, lane);
 }
 
-/// d_k and d_v of 64 rows of one key head, from every query that saw them.
+/// Walks the tiles of queries that see a tile of keys: the sequences, their rows, a key head's
+/// query heads. `find` makes it stand on the first sequence from t on that sees them.
+struct QueryTiles {
+  int own, first, end;     // the keys' sequence and first position; where sequences end
+  int key_row, key_count;  // of the tile
+  int first_head, head_end;
+  int t, head = 0, i = 0;  // now: sequence, head, first position
+  Sequence s{};
+  int from = 0, to = 0;  // keys of the tile that s sees as its prefix
+  __device__ void find(const std::int32_t* table) {
+    for (; t < end; ++t) {
+      s = sequence_of(table, t);
+      from = s.prefix_begin - key_row;
+      to = from + s.prefix_length;
+      head = first_head;
+      i = t == own ? first : 0;
+      if (t == own || (s.prefix_length > 0 && s.length > 0 && from < key_count && to > 0)) return;
+    }
+  }
+  __device__ bool valid() const { return t < end; }
+  __device__ void advance(const std::int32_t* table) {
+    if (++head < head_end) return;
+    head = first_head;
+    i += kMetQueries;
+    if (i < s.length) return;
+    ++t;
+    find(table);
+  }
+  __device__ int count() const { return min(kMetQueries, s.length - i); }
+};
+
+/// d_k and d_v of 64 rows of one key head, 16 a warp, from every query that saw them; queries and
+/// their gradients pass in tiles of 32.
 template <int D>
-__global__ void __launch_bounds__(kThreads) tile_d_key_value(const AttentionCall<Number> m) {
+__global__ void __launch_bounds__(kThreads, 2) tile_d_key_value(const AttentionCall<Number> m) {
   extern __shared__ __align__(16) Number shared[];
-  constexpr int kOwn = kTile * Rows<D>::kStride, kOther = kInner * Rows<D>::kStride;
-  const int own = static_cast<int>(blockIdx.z), first = static_cast<int>(blockIdx.x) * kTile;
+  constexpr int kStride = TileRows<D>::kStride, kTile = kMetQueries * kStride;
+  const int own = static_cast<int>(blockIdx.z), first = static_cast<int>(blockIdx.x) * kKeys;
   const Sequence s = sequence_of(m.table, own);
   if (first >= s.length) return;
   const int kv = static_cast<int>(blockIdx.y), group = m.heads / m.kv_heads;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int g = lane / 4, q4 = lane % 4, rows = min(kTile, s.length - first);
-  const Rows<D> keys(shared), values(shared + kOwn), queries(shared + 2 * kOwn),
-      d_out(shared + 2 * kOwn + kOther);
-  float* lse = reinterpret_cast<float*>(shared + 2 * kOwn + 2 * kOther);
-  float* mean = lse + kInner;
-  copy_rows<D>(keys, kTile, rows, [&](int r) { return m.key(s.begin + first + r, kv); });
-  copy_rows<D>(values, kTile, rows, [&](int r) { return m.value(s.begin + first + r, kv); });
+  const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpKeys;
+  const int rows = min(kKeys, s.length - first);
+  const TileRows<D> keys(shared), values(shared + kKeys * kStride);
+  Number* room = shared + 2 * kKeys * kStride;
+  auto* row_room = reinterpret_cast<float*>(room + 4 * kTile);  // lse and mean of a tile, twice
+  const auto fetch = [&](const QueryTiles& q, int turn) {
+    Number* at = room + turn * 2 * kTile;
+    const Index row = q.s.begin + q.i, pair = row * m.heads + q.head;
+    copy_rows<kMetQueries, kThreads>(TileRows<D>(at), m.query(row, q.head), m.width(), q.count());
+    copy_rows<kMetQueries, kThreads>(TileRows<D>(at + kTile), m.d_o + pair * D,
+                                     static_cast<Index>(m.heads) * D, q.count());
+    const int r = static_cast<int>(threadIdx.x) % kMetQueries;
+    if (static_cast<int>(threadIdx.x) < 2 * kMetQueries) {
+      const float* from = static_cast<int>(threadIdx.x) < kMetQueries ? m.lse : m.mean;
+      const bool there = r < q.count();
+      copy4(row_room + turn * 2 * kMetQueries + threadIdx.x,
+            from + pair + static_cast<Index>(there ? r : 0) * m.heads, there);
+    }
+    commit_copies();
+  };
+  QueryTiles now{own,
+                 first,
+                 m.prefixes ? m.sequences : own + 1,
+                 s.begin + first,
+                 rows,
+                 kv * group,
+                 kv * group + group,
+                 m.prefixes ? 0 : own};
+  now.find(m.table);
+  copy_rows<kKeys, kThreads>(keys, m.key(s.begin + first, kv), m.width(), rows);
+  copy_rows<kKeys, kThreads>(values, m.value(s.begin + first, kv), m.width(), rows);
+  fetch(now, 0);
   float d_k[D / 8][4] = {}, d_v[D / 8][4] = {};
   const float to_log2 = m.root * kLog2E;
 
-  for (int t = m.prefixes ? 0 : own; t < (m.prefixes ? m.sequences : own + 1); ++t) {
-    const Sequence other = sequence_of(m.table, t);
-    // Rows of this tile that the other's queries see as their prefix.
-    const int from = other.prefix_begin - s.begin - first, to = from + other.prefix_length;
-    const bool as_prefix = other.prefix_length > 0 && from < rows && to > 0;
-    if (t != own && !as_prefix) continue;
-    for (int i0 = as_prefix ? 0 : first / kInner * kInner; i0 < other.length; i0 += kInner)
-      for (int head = kv * group; head < kv * group + group; ++head) {
-        const int count = min(kInner, other.length - i0);
-        const Index n0 = other.begin + i0;
-        __syncthreads();
-        copy_rows<D>(queries, kInner, count, [&](int r) { return m.query(n0 + r, head); });
-        copy_rows<D>(d_out, kInner, count,
-                     [&](int r) { return m.d_o + ((n0 + r) * m.heads + head) * D; });
-        if (static_cast<int>(threadIdx.x) < kInner) {
-          const int r = static_cast<int>(threadIdx.x);
-          const Index at = (n0 + min(r, count - 1)) * m.heads + head;
-          lse[r] = m.lse[at] * kLog2E;
-          mean[r] = m.mean[at];
+  for (int turn = 0; now.valid(); turn ^= 1) {
+    const bool causal = now.t == own;
+    const int i = now.i, from = now.from, to = now.to;
+    now.advance(m.table);
+    wait_copies<0>();
+    __syncthreads();  // this tile is here, and the other half of the room is free
+    if (now.valid()) fetch(now, turn ^ 1);
+    // Nothing here sees the warp's keys.
+    if (row0 >= rows ||
+        (causal ? first + row0 > i + kMetQueries - 1 : from >= row0 + kWarpKeys || to <= row0))
+      continue;
+    const TileRows<D> queries(room + turn * 2 * kTile), d_out(queries.at + kTile);
+    const float* lse = row_room + turn * 2 * kMetQueries;
+    const float* mean = lse + kMetQueries;
+    // Rows are keys, columns queries. Absent queries are zeros with zero gradients: they add none.
+    float score[kMetQueries / 8][4] = {}, d_p[kMetQueries / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      unsigned a[4], b[4];
+      load_as_a(a, keys, row0, 16 * c, lane);
+#pragma unroll
+      for (int n = 0; n < kMetQueries / 16; ++n) {
+        load_as_bt(b, queries, 16 * n, 16 * c, lane);
+        mma2(score[2 * n], score[2 * n + 1], a, b);
+      }
+      load_as_a(a, values, row0, 16 * c, lane);
+#pragma unroll
+      for (int n = 0; n < kMetQueries / 16; ++n) {
+        load_as_bt(b, d_out, 16 * n, 16 * c, lane);
+        mma2(d_p[2 * n], d_p[2 * n + 1], a, b);
+      }
+    }
+    const bool whole =
+        causal ? first + row0 + kWarpKeys - 1 <= i : from <= row0 && to >= row0 + kWarpKeys;
+    unsigned p[kMetQueries / 8][2], d_s[kMetQueries / 8][2];
+#pragma unroll
+    for (int n = 0; n < kMetQueries / 8; ++n) {
+      const int column = 8 * n + lane % 4 * 2;
+      const float2 lse2 = *reinterpret_cast<const float2*>(lse + column),
+                   mean2 = *reinterpret_cast<const float2*>(mean + column);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int key = row0 + lane / 4 + 8 * h;
+        float x[2], y[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool sees =
+              whole || (causal ? first + key <= i + column + e : key >= from && key < to);
+          const float l = (e == 0 ? lse2.x : lse2.y) * kLog2E;
+          x[e] = sees ? power_of_two(score[n][2 * h + e] * to_log2 - l) : 0.0F;
+          y[e] = x[e] * (d_p[n][2 * h + e] - (e == 0 ? mean2.x : mean2.y));
         }
-        wait_copies<0>();
-        __syncthreads();
-        // Rows are keys, columns queries.
-        float score[kInner / 8][4] = {}, d_p[kInner / 8][4] = {};
+        p[n][h] = pack2(x[0], x[1]);
+        d_s[n][h] = pack2(y[0], y[1]);
+      }
+    }
 #pragma unroll
-        for (int c = 0; c < D / 16; ++c) {
-          unsigned k[4], v[4];
-          load_as_a<D>(k, keys, 16 * warp, 16 * c, lane);
-          load_as_a<D>(v, values, 16 * warp, 16 * c, lane);
+    for (int k = 0; k < kMetQueries / 16; ++k)
 #pragma unroll
-          for (int n = 0; n < kInner / 16; ++n) {
-            unsigned b[4];
-            load_as_bt<D>(b, queries, 16 * n, 16 * c, lane);
-            mma2(score[2 * n], score[2 * n + 1], k, b);
-            load_as_bt<D>(b, d_out, 16 * n, 16 * c, lane);
-            mma2(d_p[2 * n], d_p[2 * n + 1], v, b);
-          }
-        }
-        unsigned p[kInner / 8][2], d_s[kInner / 8][2];
-#pragma unroll
-        for (int n = 0; n < kInner / 8; ++n)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int key = 16 * warp + g + 8 * h;
-            float x[2], y[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int column = 8 * n + 2 * q4 + i;
-              const bool sees = column < count && key < rows &&
-                                ((as_prefix && key >= from && key < to) ||
-                                 (t == own && first + key <= i0 + column));
-              x[i] = sees ? exp2f(score[n][2 * h + i] * to_log2 - lse[column]) : 0.0F;
-              y[i] = x[i] * (d_p[n][2 * h + i] - mean[column]);
-            }
-            p[n][h] = pack2(x[0], x[1]);
-            d_s[n][h] = pack2(y[0], y[1]);
-          }
-#pragma unroll
-        for (int k = 0; k < kInner / 16; ++k)
-#pragma unroll
-          for (int n = 0; n < D / 16; ++n) {
-            unsigned b[4];
-            load_as_b<D>(b, d_out, 16 * k, 16 * n, lane);
-            mma2(d_v[2 * n], d_v[2 * n + 1], p, k, b);
-            load_as_b<D>(b, queries, 16 * k, 16 * n, lane);
-            mma2(d_k[2 * n], d_k[2 * n + 1], d_s, k, b);
-          }
+      for (int n = 0; n < D / 16; ++n) {
+        unsigned b[4];
+        load_as_b(b, d_out, 16 * k, 16 * n, lane);
+        mma2(d_v[2 * n], d_v[2 * n + 1], p, k, b);
+        load_as_b(b, queries, 16 * k, 16 * n, lane);
+        mma2(d_k[2 * n], d_k[2 * n + 1], d_s, k, b);
       }
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int key = 16 * warp + g + 8 * h;
-    if (key >= rows) continue;
-    Number* row = m.d_qkv + (s.begin + first + key) * m.width();
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const int c = 8 * n + 2 * q4;
-      *reinterpret_cast<unsigned*>(row + (m.heads + kv) * D + c) =
-          pack2(m.root * d_k[n][2 * h], m.root * d_k[n][2 * h + 1]);
-      *reinterpret_cast<unsigned*>(row + (m.heads + m.kv_heads + kv) * D + c) =
-          pack2(d_v[n][2 * h], d_v[n][2 * h + 1]);
-    }
+  __syncwarp();  // these rows of keys and values are this warp's alone
+  if (row0 >= rows) return;
+  if (m.rope != nullptr) {
+    const int r = row0 + lane / 4;
+    turn_back<D>(d_k, m, s.begin + first + min(r, rows - 1), s.begin + first + min(r + 8, rows - 1),
+                 lane);
   }
+  stage(keys, row0, d_k, m.root, m.root, lane);
+  stage(values, row0, d_v, 1.0F, 1.0F, lane);
+  __syncwarp();
+  Number* out = m.d_qkv + (s.begin + first) * m.width() + (m.heads + kv) * D;
+  copy_out<kWarpKeys>(out, m.width(), keys, row0, rows, lane);
+  copy_out<kWarpKeys>(out + m.kv_heads * D, m.width(), values, row0, rows, lane);
 }
 
 template <class T> AttentionCall<T> call_of(ConstTensor qkv, const Sequences& s, const Heads& h) {
@@ -597,6 +685,10 @@ void launch(Kernel kernel, dim3 grid, int bytes, cudaStream_t stream, const Call
   kernel<<<grid, kThreads, static_cast<std::size_t>(bytes), stream>>>(call);
 }
 
+unsigned blocks_of(std::int64_t rows, int size) {
+  return static_cast<unsigned>(ceil_div<Index>(rows, size));
+}
+
 template <class F> bool with_head(DType type, std::int64_t head_dim, F&& f) {
   if (type != DType::bf16) return false;
   if (head_dim == 64)
@@ -614,15 +706,14 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
                             Heads heads) {
   if (s.count == 0 || s.max_length == 0) return;
   if (!o.contiguous()) throw std::logic_error("attention: a strided view");
-  const auto sequences = static_cast<unsigned>(s.count);
+  const auto sequences = static_cast<unsigned>(s.count),
+             all_heads = static_cast<unsigned>(heads.heads);
   const bool fast = with_head(qkv.dtype, heads.head_dim, [&](auto d) {
     auto c = call_of<Number>(qkv, s, heads);
     c.out = data<Number>(o);
     c.lse = data<float>(lse);
-    launch(tile_forward<d()>,
-           dim3(static_cast<unsigned>(ceil_div<Index>(s.max_length, kTile)),
-                static_cast<unsigned>(heads.heads), sequences),
-           4 * Rows<d()>::bytes(kTile), stream_, c);
+    launch(tile_forward<d()>, dim3(blocks_of(s.max_length, kQueries), all_heads, sequences),
+           TileRows<d()>::bytes(kQueries + 4 * kSeenKeys), stream_, c);
   });
   if (!fast)
     with_type(qkv.dtype, [&](auto number) {
@@ -630,22 +721,25 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
       auto c = call_of<T>(qkv, s, heads);
       c.out = data<T>(o);
       c.lse = data<float>(lse);
-      plain_forward<<<dim3(static_cast<unsigned>(s.max_length), static_cast<unsigned>(heads.heads),
-                           sequences),
-                      kWarp, 0, stream_>>>(c);
+      plain_forward<<<dim3(static_cast<unsigned>(s.max_length), all_heads, sequences), kWarp, 0,
+                      stream_>>>(c);
     });
   launched("attention");
 }
 
 void CudaBackend::attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                      ConstTensor lse, const Sequences& s, Heads heads) {
+  attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, {}, {}, heads);
+}
+
+void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
+                                          ConstTensor o, ConstTensor lse, const Sequences& s,
+                                          ConstTensor table, RowIds ids, Heads heads) {
   if (s.count == 0 || s.max_length == 0) return;
   if (!d_qkv.contiguous() || !d_o.contiguous() || !o.contiguous())
     throw std::logic_error("attention_backward: a strided view");
   const Index count = qkv.rows() * heads.heads;
-  auto* mean = room().take<float>(count);
   const auto sequences = static_cast<unsigned>(s.count),
-             tiles = static_cast<unsigned>(ceil_div<Index>(s.max_length, kTile)),
              all_heads = static_cast<unsigned>(heads.heads),
              kv_heads = static_cast<unsigned>(heads.kv_heads);
   const auto fill = [&](auto& c) {
@@ -654,20 +748,23 @@ void CudaBackend::attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor 
     c.d_o = data<T>(d_o);
     c.o = data<T>(o);
     c.lse = const_cast<float*>(data<float>(lse));  // NOLINT: read only in backward
-    c.mean = mean;
-    constexpr int kMeanThreads = 256;
-    mean_kernel<<<static_cast<unsigned>(ceil_div<Index>(count, kMeanThreads / kWarp)), kMeanThreads,
-                  0, stream_>>>(mean, c.d_o, c.o, c.head_dim, count);
-    launched("attention_backward");
+    c.mean = room().take<float>(count);
   };
   const bool fast = with_head(qkv.dtype, heads.head_dim, [&](auto d) {
     auto c = call_of<Number>(qkv, s, heads);
     fill(c);
-    launch(tile_d_key_value<d()>, dim3(tiles, kv_heads, sequences),
-           2 * Rows<d()>::bytes(kTile) + 2 * Rows<d()>::bytes(kInner) +
-               2 * kInner * static_cast<int>(sizeof(float)),
-           stream_, c);
-    launch(tile_d_query<d()>, dim3(tiles, all_heads, sequences), 4 * Rows<d()>::bytes(kInner),
+    if (table) {
+      if (!table.contiguous() || table.cols() != heads.head_dim || !ids.contiguous() ||
+          ids.cols() != 4 || ids.rows() != qkv.rows())
+        throw std::logic_error("attention_rope_backward: angles not (positions, D), or ids");
+      c.rope = data<float>(table);
+      c.ids = data<std::int32_t>(ids);
+    }
+    launch(tile_d_query<d()>, dim3(blocks_of(s.max_length, kQueries), all_heads, sequences),
+           TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys), stream_, c);
+    launch(tile_d_key_value<d()>, dim3(blocks_of(s.max_length, kKeys), kv_heads, sequences),
+           TileRows<d()>::bytes(2 * kKeys + 4 * kMetQueries) +
+               4 * kMetQueries * static_cast<int>(sizeof(float)),
            stream_, c);
   });
   if (!fast)
@@ -675,11 +772,16 @@ void CudaBackend::attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor 
       using T = decltype(number);
       auto c = call_of<T>(qkv, s, heads);
       fill(c);
+      constexpr int kMeanThreads = 256;
+      mean_kernel<<<static_cast<unsigned>(ceil_div<Index>(count, kMeanThreads / kWarp)),
+                    kMeanThreads, 0, stream_>>>(c.mean, c.d_o, c.o, c.head_dim, count);
+      launched("attention_backward");
       const auto length = static_cast<unsigned>(s.max_length);
       plain_d_key_value<<<dim3(length, kv_heads, sequences), kWarp, 0, stream_>>>(c);
       plain_d_query<<<dim3(length, all_heads, sequences), kWarp, 0, stream_>>>(c);
     });
   launched("attention_backward");
+  if (!fast && table) rope(d_qkv, d_qkv, table, ids, heads, true);
 }
 
 }  // namespace mixlora

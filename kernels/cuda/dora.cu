@@ -11,45 +11,66 @@ using cuda::kChunk;
 using cuda::kTogether;
 using cuda::Rows;
 
-/// gram = A A^T, one block a pair of rows: R (R + 1) rows of A read, from L2 but for the first
-/// time.
+/// dora_scale's calls of one launch, as kernels see them; their gram matrices lie end to end.
+constexpr int kCalls = 24;
+template <class T> struct Calls {
+  struct One {
+    float *scale, *inverse_norm, *gram;
+    const float *m, *w_squared;
+    Rows<const T> a, wa, b;
+    int out, in, rank;
+    float s;
+  };
+  One one[kCalls];
+};
+
+/// gram = A A^T, one block a pair of rows and call: R (R + 1) rows of A read, from L2 but for the
+/// first time.
 template <bool Aligned, class T>
-__global__ void gram_kernel(float* gram, Rows<const T> a, Index cols) {
+__global__ void gram_kernel(const __grid_constant__ Calls<T> calls) {
   __shared__ float shared[cuda::kWarp];
-  const unsigned i = blockIdx.x, j = blockIdx.y, rank = gridDim.x;
-  if (j > i) return;
+  const auto& call = calls.one[blockIdx.z];
+  const auto i = static_cast<int>(blockIdx.x), j = static_cast<int>(blockIdx.y);
+  if (j > i || i >= call.rank) return;
   float sum = 0;
-  for (Index col = static_cast<Index>(threadIdx.x) * kChunk; col < cols;
+  for (Index col = static_cast<Index>(threadIdx.x) * kChunk; col < call.in;
        col += static_cast<Index>(blockDim.x) * kChunk) {
-    const int count = cuda::chunk_at(col, cols);
-    const Eight x = cuda::take<Aligned>(a.at(i, col), count),
-                y = cuda::take<Aligned>(a.at(j, col), count);
+    const int count = cuda::chunk_at(col, call.in);
+    const Eight x = cuda::take<Aligned>(call.a.at(i, col), count),
+                y = cuda::take<Aligned>(call.a.at(j, col), count);
 #pragma unroll
     for (int n = 0; n < kChunk; ++n) sum += x.v[n] * y.v[n];
   }
   sum = cuda::block_sum(sum, shared);
-  if (threadIdx.x == 0) gram[i * rank + j] = gram[j * rank + i] = sum;
+  if (threadIdx.x == 0) call.gram[i * call.rank + j] = call.gram[j * call.rank + i] = sum;
 }
 
-/// One warp an output: 2 R numbers read, the gram matrix from L1.
-template <class T>
-__global__ void dora_scale_kernel(float* scale, float* inverse_norm, const float* m,
-                                  const float* w_squared, Rows<const T> wa, Rows<const T> b,
-                                  const float* gram, float s, Index out, int rank) {
-  const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
-  const Index o = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) / cuda::kWarp;
-  if (o >= out) return;
-  float sum = 0;
-  for (int i = lane; i < rank; i += cuda::kWarp) {
-    float part = 0;
-    for (int j = 0; j < rank; ++j) part += gram[j * rank + i] * cuda::to_float(*b.at(o, j));
-    sum += cuda::to_float(*b.at(o, i)) * (2 * s * cuda::to_float(*wa.at(i, o)) + s * s * part);
+/// One thread an output: 2 R numbers read, W A^T's side by side over a warp, the gram matrix from
+/// L1, where a warp reads one address.
+template <bool Aligned, class T>
+__global__ void dora_scale_kernel(const __grid_constant__ Calls<T> calls) {
+  const auto& call = calls.one[blockIdx.y];
+  const Index o = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (o >= call.out) return;
+  float cross = 0, square = 0;
+  for (int j = 0; j < call.rank; j += kChunk) {
+    const int count = cuda::chunk_at(j, call.rank);
+    const Eight b_j = cuda::take<Aligned>(call.b.at(o, j), count);
+#pragma unroll
+    for (int n = 0; n < kChunk; ++n)
+      if (n < count) cross += b_j.v[n] * cuda::to_float(*call.wa.at(j + n, o));
+    for (int i = 0; i < call.rank; ++i) {
+      const Eight gram = cuda::take<Aligned>(call.gram + i * call.rank + j, count);
+      float part = 0;
+#pragma unroll
+      for (int n = 0; n < kChunk; ++n) part += gram.v[n] * b_j.v[n];
+      square += cuda::to_float(*call.b.at(o, i)) * part;
+    }
   }
-  const float squared = w_squared[o] + cuda::warp_sum(sum);
-  if (lane != 0) return;
+  const float squared = call.w_squared[o] + 2 * call.s * cross + call.s * call.s * square;
   const float inverse = squared > 0 ? 1 / sqrtf(squared) : 0;
-  inverse_norm[o] = inverse;
-  scale[o] = m[o] * inverse;
+  call.inverse_norm[o] = inverse;
+  call.scale[o] = call.m[o] * inverse;
 }
 
 /// d_m += d_scale / n: 12 bytes read, 4 written a number.
@@ -120,33 +141,50 @@ __global__ void scale_backward_kernel(Rows<T> d_core, float* parts, Rows<const T
 void CudaBackend::dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m,
                              ConstTensor w_squared, ConstTensor a, ConstTensor wa, ConstTensor b,
                              float s) {
-  const char* op = "dora_scale";
-  const Index rank = a.rows(), out = scale.numel();
-  cuda::expect(wa.rows() == rank && wa.cols() == out && b.rows() == out && b.cols() == rank &&
-                   inverse_norm.numel() == out && m.numel() == out && w_squared.numel() == out &&
-                   scale.contiguous() && inverse_norm.contiguous() && m.contiguous() &&
-                   w_squared.contiguous() && wa.dtype == b.dtype,
-               op);
-  if (out == 0 || rank == 0) return;
-  auto* gram = room().take<float>(rank * rank);
-  cuda::with_type(a.dtype, [&](auto number) {
+  const DoraScale one{scale, inverse_norm, m, w_squared, a, wa, b, s};
+  dora_scales({&one, 1});
+}
+
+void CudaBackend::dora_scales(std::span<const DoraScale> all) {
+  const char* op = "dora_scales";
+  for (; all.size() > kCalls; all = all.subspan(kCalls)) dora_scales(all.first(kCalls));
+  if (all.empty()) return;
+  Room r = room();
+  cuda::with_type(all.front().a.dtype, [&](auto number) {
     using T = decltype(number);
-    const dim3 pairs(static_cast<unsigned>(rank), static_cast<unsigned>(rank));
-    if (cuda::aligned(a))
-      gram_kernel<true, T><<<pairs, 256, 0, stream_>>>(gram, cuda::rows_of<T>(a), a.cols());
-    else
-      gram_kernel<false, T><<<pairs, 256, 0, stream_>>>(gram, cuda::rows_of<T>(a), a.cols());
+    Calls<T> calls{};
+    Index most_out = 0, most_rank = 0;
+    bool rows_whole = true, factors_whole = true;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const DoraScale& x = all[i];
+      const Index rank = x.a.rows(), out = x.scale.numel();
+      cuda::expect(x.wa.rows() == rank && x.wa.cols() == out && x.b.rows() == out &&
+                       x.b.cols() == rank && x.inverse_norm.numel() == out && x.m.numel() == out &&
+                       x.w_squared.numel() == out && x.scale.contiguous() &&
+                       x.inverse_norm.contiguous() && x.m.contiguous() && x.w_squared.contiguous(),
+                   op);
+      calls.one[i] = {cuda::data<float>(x.scale),     cuda::data<float>(x.inverse_norm),
+                      r.take<float>(rank * rank),     cuda::data<float>(x.m),
+                      cuda::data<float>(x.w_squared), cuda::rows_of<T>(x.a),
+                      cuda::rows_of<T>(x.wa),         cuda::rows_of<T>(x.b),
+                      static_cast<int>(out),          static_cast<int>(x.a.cols()),
+                      static_cast<int>(rank),         x.s};
+      most_out = std::max(most_out, out);
+      most_rank = std::max(most_rank, rank);
+      rows_whole = rows_whole && cuda::aligned(x.a);
+      factors_whole = factors_whole && rank % kChunk == 0 && cuda::aligned(x.b);
+    }
+    if (most_out == 0 || most_rank == 0) return;
+    const auto count = static_cast<unsigned>(all.size()), rank = static_cast<unsigned>(most_rank);
+    const auto gram = rows_whole ? gram_kernel<true, T> : gram_kernel<false, T>;
+    gram<<<dim3(rank, rank, count), 256, 0, stream_>>>(calls);
+    cuda::launched(op);
+    constexpr Index kThreads = 128;
+    const auto scale = factors_whole ? dora_scale_kernel<true, T> : dora_scale_kernel<false, T>;
+    scale<<<dim3(static_cast<unsigned>(cuda::ceil_div(most_out, kThreads)), count), kThreads, 0,
+            stream_>>>(calls);
+    cuda::launched(op);
   });
-  cuda::launched(op);
-  cuda::with_type(b.dtype, [&](auto number) {
-    using T = decltype(number);
-    dora_scale_kernel<<<static_cast<unsigned>(cuda::ceil_div<Index>(out, 8)), 8 * cuda::kWarp, 0,
-                        stream_>>>(cuda::data<float>(scale), cuda::data<float>(inverse_norm),
-                                   cuda::data<float>(m), cuda::data<float>(w_squared),
-                                   cuda::rows_of<T>(wa), cuda::rows_of<T>(b), gram, s, out,
-                                   static_cast<int>(rank));
-  });
-  cuda::launched(op);
 }
 
 void CudaBackend::dora_magnitude_backward(Tensor d_m, ConstTensor d_scale,
