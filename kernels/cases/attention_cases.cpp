@@ -139,6 +139,9 @@ OpCase scale_rope(const Layout& l) {
 void add_attention_cases(std::vector<OpCase>& t) {
   const std::vector<Layout> layouts = {
       {"one row", {0, 1, 0, 0}, {1, 1, 64}},
+      {"few rows 2:1x128", {0, 11, 0, 0, 11, 4, 0, 5, 15, 1, 0, 0}, {2, 1, 128}},
+      {"2 of 16 3:3x64", {0, 16, 0, 0, 16, 9, 0, 0}, {3, 3, 64}},
+      {"up to 32 2:2x128", {0, 32, 0, 0, 32, 31, 0, 0}, {2, 2, 128}},
       {"3 sequences 9:3x64", {0, 37, 0, 0, 37, 1, 0, 0, 38, 65, 0, 0}, {9, 3, 64}},
       {"4 choices of a prefix 9:3x64",
        {0, 70, 0, 0, 70, 3, 0, 70, 73, 17, 0, 70, 90, 1, 0, 33},

@@ -165,10 +165,12 @@ __global__ void mean_kernel(float* mean, const T* d_o, const T* o, int d, Index 
 using Number = __nv_bfloat16;
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpQueries = 32, kQueries = kWarps * kWarpQueries;  // of a block by queries
-constexpr int kSeenKeys = 64;                                       // of a tile, in forward
-constexpr int kMetKeys = 32;                                        // of a tile, for d_q
-constexpr int kWarpKeys = 16, kKeys = kWarps * kWarpKeys;           // of a block by keys
-constexpr int kMetQueries = 32;                                     // of a tile, for d_k and d_v
+/// Keys of a tile, in forward and for d_q. Few where the sequences have no more, or where a block
+/// gets too little shared memory for many (it does below 102 KB: compute
+/// capability 8.6, 8.9, 12.0).
+constexpr int kSeenKeys = 64, kMetKeys = 32, kFewSeenKeys = 32, kFewMetKeys = 16;
+constexpr int kWarpKeys = 16, kKeys = kWarps * kWarpKeys;  // of a block by keys
+constexpr int kMetQueries = 32;                            // of a tile, for d_k and d_v
 constexpr float kLog2E = 1.44269504F;
 
 /// The key tiles that a block's queries, `last` the end of them, meet: the prefix, then their own.
@@ -253,9 +255,9 @@ __device__ void turn_back(float (&x)[D / 8][4], const AttentionCall<Number>& m, 
   }
 }
 
-/// 128 queries of one head, 32 a warp; keys and values pass in tiles of 64, the next on its way
+/// 128 queries of one head, 32 a warp; keys and values pass in tiles of Size, the next on its way
 /// while one is used.
-template <int D>
+template <int D, int Size>
 __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<Number> m) {
   extern __shared__ __align__(16) Number shared[];
   constexpr int kStride = TileRows<D>::kStride;
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
   const int head = static_cast<int>(blockIdx.y), kv = m.kv_of(head);
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
             row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpQueries;
-  const KeyTiles<kSeenKeys> tiles(s, first + kQueries);
+  const KeyTiles<Size> tiles(s, first + kQueries);
   const TileRows<D> queries(shared);
   Number* room = shared + kQueries * kStride;
   copy_rows<kQueries, kThreads>(queries, m.query(s.begin + first, head), m.width(),
@@ -286,42 +288,40 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
     }
     if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
       continue;
-    const TileRows<D> keys(room + t % 2 * 2 * kSeenKeys * kStride),
-        values(keys.at + kSeenKeys * kStride);
-    float score[2][kSeenKeys / 8][4] = {};
+    const TileRows<D> keys(room + t % 2 * 2 * Size * kStride), values(keys.at + Size * kStride);
+    float score[2][Size / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
       unsigned q[2][4];
       load_as_a(q[0], queries, row0, 16 * c, lane);
       load_as_a(q[1], queries, row0 + 16, 16 * c, lane);
 #pragma unroll
-      for (int n = 0; n < kSeenKeys / 16; ++n) {
+      for (int n = 0; n < Size / 16; ++n) {
         unsigned b[4];
         load_as_bt(b, keys, 16 * n, 16 * c, lane);
         mma2(score[0][2 * n], score[0][2 * n + 1], q[0], b);
         mma2(score[1][2 * n], score[1][2 * n + 1], q[1], b);
       }
     }
-    if (tiles.visible(t, first + row0) < kSeenKeys) {
+    if (tiles.visible(t, first + row0) < Size) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int visible = tiles.visible(t, first + row0 + 8 * r + lane / 4);
 #pragma unroll
-        for (int n = 0; n < kSeenKeys / 8; ++n)
+        for (int n = 0; n < Size / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (8 * n + lane % 4 * 2 + i >= visible) score[r / 2][n][r % 2 * 2 + i] = -INFINITY;
       }
     }
-    unsigned p[2][kSeenKeys / 8][2];
+    unsigned p[2][Size / 8][2];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       auto& x = score[r / 2];
       const int h = r % 2;
       float &most = top[r / 2][h], next = most;
 #pragma unroll
-      for (int n = 0; n < kSeenKeys / 8; ++n)
-        next = fmaxf(next, fmaxf(x[n][2 * h], x[n][2 * h + 1]));
+      for (int n = 0; n < Size / 8; ++n) next = fmaxf(next, fmaxf(x[n][2 * h], x[n][2 * h + 1]));
       next = quad_max(next);
       const float base = next == -INFINITY ? 0.0F : next * to_log2;  // a row that sees nothing yet
       const float shrink = power_of_two(most * to_log2 - base);
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
       most = next;
       float sum = 0;
 #pragma unroll
-      for (int n = 0; n < kSeenKeys / 8; ++n) {
+      for (int n = 0; n < Size / 8; ++n) {
         const float x0 = power_of_two(x[n][2 * h] * to_log2 - base),
                     x1 = power_of_two(x[n][2 * h + 1] * to_log2 - base);
         sum += x0 + x1;
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
       }
     }
 #pragma unroll
-    for (int k = 0; k < kSeenKeys / 16; ++k)
+    for (int k = 0; k < Size / 16; ++k)
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
 }
 
 /// d_q of 128 queries of one head, 32 a warp; also their d_o . o, which tile_d_key_value reads.
-template <int D>
+template <int D, int Size>
 __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<Number> m) {
   extern __shared__ __align__(16) Number shared[];
   constexpr int kStride = TileRows<D>::kStride;
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
   const int head = static_cast<int>(blockIdx.y), kv = m.kv_of(head);
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
             row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpQueries;
-  const KeyTiles<kMetKeys> tiles(s, first + kQueries);
+  const KeyTiles<Size> tiles(s, first + kQueries);
   const TileRows<D> queries(shared), d_out(shared + kQueries * kStride);
   Number* room = shared + 2 * kQueries * kStride;
   const Index at = (s.begin + first) * m.heads + head;  // of row 0, among rows and heads
@@ -438,18 +438,16 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
     }
     if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
       continue;
-    const TileRows<D> keys(room + t % 2 * 2 * kMetKeys * kStride),
-        values(keys.at + kMetKeys * kStride);
-    float score[2][kMetKeys / 8][4] = {}, d_p[2][kMetKeys / 8][4] = {};
+    const TileRows<D> keys(room + t % 2 * 2 * Size * kStride), values(keys.at + Size * kStride);
+    float score[2][Size / 8][4] = {}, d_p[2][Size / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      unsigned a[2][4], b[kMetKeys / 16][4];
-      const auto multiply = [&](TileRows<D> left, TileRows<D> right,
-                                float(&to)[2][kMetKeys / 8][4]) {
+      unsigned a[2][4], b[Size / 16][4];
+      const auto multiply = [&](TileRows<D> left, TileRows<D> right, float(&to)[2][Size / 8][4]) {
         load_as_a(a[0], left, row0, 16 * c, lane);
         load_as_a(a[1], left, row0 + 16, 16 * c, lane);
 #pragma unroll
-        for (int n = 0; n < kMetKeys / 16; ++n) {
+        for (int n = 0; n < Size / 16; ++n) {
           load_as_bt(b[n], right, 16 * n, 16 * c, lane);
           mma2(to[0][2 * n], to[0][2 * n + 1], a[0], b[n]);
           mma2(to[1][2 * n], to[1][2 * n + 1], a[1], b[n]);
@@ -458,14 +456,14 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
       multiply(queries, keys, score);
       multiply(d_out, values, d_p);
     }
-    const bool whole = tiles.visible(t, first + row0) == kMetKeys;
-    unsigned d_s[2][kMetKeys / 8][2];
+    const bool whole = tiles.visible(t, first + row0) == Size;
+    unsigned d_s[2][Size / 8][2];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int h = r % 2;
-      const int visible = whole ? kMetKeys : tiles.visible(t, first + row0 + 8 * r + lane / 4);
+      const int visible = whole ? Size : tiles.visible(t, first + row0 + 8 * r + lane / 4);
 #pragma unroll
-      for (int n = 0; n < kMetKeys / 8; ++n) {
+      for (int n = 0; n < Size / 8; ++n) {
         float x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -477,7 +475,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
       }
     }
 #pragma unroll
-    for (int k = 0; k < kMetKeys / 16; ++k)
+    for (int k = 0; k < Size / 16; ++k)
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         unsigned b[4];
@@ -685,6 +683,14 @@ void launch(Kernel kernel, dim3 grid, int bytes, cudaStream_t stream, const Call
   kernel<<<grid, kThreads, static_cast<std::size_t>(bytes), stream>>>(call);
 }
 
+bool few_keys(const Sequences& s, int size) { return s.max_length + s.max_prefix <= size; }
+/// True when a block may have so much shared memory.
+bool gives(int device, int bytes) {
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "attributes");
+  return bytes <= most;
+}
 unsigned blocks_of(std::int64_t rows, int size) {
   return static_cast<unsigned>(ceil_div<Index>(rows, size));
 }
@@ -712,8 +718,13 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
     auto c = call_of<Number>(qkv, s, heads);
     c.out = data<Number>(o);
     c.lse = data<float>(lse);
-    launch(tile_forward<d()>, dim3(blocks_of(s.max_length, kQueries), all_heads, sequences),
-           TileRows<d()>::bytes(kQueries + 4 * kSeenKeys), stream_, c);
+    const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
+    constexpr int kBytes = TileRows<d()>::bytes(kQueries + 4 * kSeenKeys);
+    if (few_keys(s, kFewSeenKeys) || !gives(device_, kBytes))
+      launch(tile_forward<d(), kFewSeenKeys>, blocks,
+             TileRows<d()>::bytes(kQueries + 4 * kFewSeenKeys), stream_, c);
+    else
+      launch(tile_forward<d(), kSeenKeys>, blocks, kBytes, stream_, c);
   });
   if (!fast)
     with_type(qkv.dtype, [&](auto number) {
@@ -760,8 +771,13 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
       c.rope = data<float>(table);
       c.ids = data<std::int32_t>(ids);
     }
-    launch(tile_d_query<d()>, dim3(blocks_of(s.max_length, kQueries), all_heads, sequences),
-           TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys), stream_, c);
+    const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
+    constexpr int kBytes = TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys);
+    if (few_keys(s, kFewMetKeys) || !gives(device_, kBytes))
+      launch(tile_d_query<d(), kFewMetKeys>, blocks,
+             TileRows<d()>::bytes(2 * kQueries + 4 * kFewMetKeys), stream_, c);
+    else
+      launch(tile_d_query<d(), kMetKeys>, blocks, kBytes, stream_, c);
     launch(tile_d_key_value<d()>, dim3(blocks_of(s.max_length, kKeys), kv_heads, sequences),
            TileRows<d()>::bytes(2 * kKeys + 4 * kMetQueries) +
                4 * kMetQueries * static_cast<int>(sizeof(float)),
