@@ -67,16 +67,19 @@ MIXLORA_HOST_DEVICE inline RandomKey random_key(std::uint64_t seed, Purpose purp
   return {static_cast<std::uint32_t>(z), static_cast<std::uint32_t>(z >> 32)};
 }
 
+/// Rounds of row_bits: the fewest that pass every test of the paper, for a mask is drawn three
+/// times a step for each element of the widest rows.                  [Salmon et al. 2011, table 2]
+constexpr int kMaskRounds = 7;
+
 /// Sixteen random bits for each of eight neighbouring columns of one row; column = 8 * block + i
 /// takes bits 16 * (i % 2) of word i / 2. A row is (sample, position) at a training step, so its
 /// bits do not depend on what else is in the batch.
 ///   counter = (block, position, sample, layer << 20 | site << 12), key = stream ^ step
-/// Seven rounds, the fewest that pass every test there: a mask is drawn three times a step for each
-/// element of the widest rows.                                   [Salmon et al. 2011, table 2]
 MIXLORA_HOST_DEVICE inline Philox4 row_bits(RandomKey key, std::uint32_t layer, std::uint32_t site,
                                             std::uint32_t step, std::uint32_t sample,
                                             std::uint32_t position, std::uint32_t block) {
-  return philox<7>(block, position, sample, (layer << 20) | (site << 12), key.k0 ^ step, key.k1);
+  return philox<kMaskRounds>(block, position, sample, (layer << 20) | (site << 12), key.k0 ^ step,
+                             key.k1);
 }
 
 /// An element is dropped when its 16 bits are below this; the true rate is threshold / 65536.

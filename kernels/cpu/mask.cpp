@@ -67,7 +67,7 @@ __attribute__((target("avx512f"))) void column_bits_avx512(std::uint16_t* bits, 
     c3[s] = every_lane((d.layer << 20) | (d.site << 12));
   }
   std::uint32_t k0 = d.key.k0 ^ d.step, k1 = d.key.k1;
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kMaskRounds; ++round) {
     const __m512i key0 = every_lane(k0), key1 = every_lane(k1);
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) {
