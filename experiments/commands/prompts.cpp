@@ -8,7 +8,7 @@ namespace mixlora {
 namespace {
 
 int prompts(const std::string& suite, std::int64_t n) {
-  const Task& task = find_task(suite);
+  const Task task = find_task(suite);
   for (const Row& row : load_split(task, false, n).rows) {
     fmt::print("--- {} (gold: {})\n{}\n", row.id,
                label_texts(task, row)[static_cast<std::size_t>(row.answer)],
