@@ -57,7 +57,6 @@ def task_of(name, rows):
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
     split = SUITES[name][1]
-    manager = TaskManager()
     lm_task = SUITES[name][2]
 
     def local(self, *args, **kwargs):
@@ -65,8 +64,7 @@ def task_of(name, rows):
         self.dataset = datasets.DatasetDict({"train": d, "validation": d, "test": d})
 
     ConfigurableTask.download = local
-    loaded = manager.load_task_or_group([lm_task]) if hasattr(manager, "load_task_or_group") else manager.load([lm_task])["tasks"]
-    task = loaded[lm_task]
+    task = TaskManager().load([lm_task])["tasks"][lm_task]
     docs = list(task.test_docs() if task.has_test_docs() else task.validation_docs())
     assert len(docs) == len(rows), (name, split)
     return task, docs
