@@ -12,13 +12,18 @@ struct LabelRequest {
   std::vector<std::int32_t> prompt;  // not empty; BOS included where the protocol has one
   std::vector<std::int32_t> labels;  // one token each
 };
-/// The loglikelihood protocol: how likely is each continuation after the shared context?
+/// A text whose tokens from `scored_from` on are scored after those before them.
+struct ScoredText {
+  std::vector<std::int32_t> tokens;  // context, then continuation; BOS included where there is one
+  std::int32_t scored_from = 1;      // 1 <= scored_from < tokens.size()
+};
+/// The loglikelihood protocol: how likely is each choice? What the texts begin with in common is
+/// computed once.
 struct ChoiceRequest {
-  std::vector<std::int32_t> context;                     // not empty
-  std::vector<std::vector<std::int32_t>> continuations;  // none empty
+  std::vector<ScoredText> texts;
 };
 struct ChoiceScore {
-  double log_prob = 0;  // sum over the continuation's tokens, nats
+  double log_prob = 0;  // sum over the scored tokens, nats
   bool greedy = false;  // every token was the argmax
 };
 

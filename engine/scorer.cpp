@@ -43,6 +43,18 @@ std::int64_t length(const std::vector<std::int32_t>& v) {
   return static_cast<std::int64_t>(v.size());
 }
 
+/// How many first tokens all texts of a request have in common, at most all rows of the shortest.
+std::int64_t common_rows(const ChoiceRequest& r) {
+  const auto& first = r.texts.front().tokens;
+  std::int64_t n = length(first) - 1;
+  for (const ScoredText& t : r.texts) {
+    n = std::min(n, length(t.tokens) - 1);
+    const auto differ = std::mismatch(first.begin(), first.begin() + n, t.tokens.begin());
+    n = differ.first - first.begin();
+  }
+  return n;
+}
+
 std::vector<float> log_softmax(const std::vector<float>& x) {
   double top = -INFINITY, sum = 0;
   for (const float v : x) top = std::max(top, static_cast<double>(v));
@@ -55,8 +67,9 @@ std::vector<float> log_softmax(const std::vector<float>& x) {
 
 }  // namespace
 
-Scorer::Scorer(Backend& ops, const Model& model, const Adapter* adapter, std::int64_t max_tokens)
-    : ops_(ops), model_(model), max_tokens_(max_tokens) {
+Scorer::Scorer(Backend& ops, const Model& model, const Adapter* adapter, std::int64_t max_tokens,
+               bool share_prefix)
+    : ops_(ops), model_(model), max_tokens_(max_tokens), share_prefix_(share_prefix) {
   if (adapter == nullptr || adapter->spec().method == Method::base) return;
   adapter_ = std::make_unique<DeviceAdapter>(ops, model.config, adapter->spec(), 0,
                                              DeviceAdapter::Update::none);
@@ -129,41 +142,47 @@ std::vector<std::vector<float>> Scorer::labels(std::span<const LabelRequest> req
 
 std::vector<std::vector<ChoiceScore>> Scorer::choices(std::span<const ChoiceRequest> requests) {
   std::vector<std::vector<ChoiceScore>> out(requests.size());
-  const auto size = [&](std::size_t i) {
-    std::int64_t n = length(requests[i].context);
-    for (const auto& c : requests[i].continuations) n += length(c) - 1;
-    return n;
-  };
   for (const ChoiceRequest& r : requests) {
-    check(r.context);
-    for (const auto& c : r.continuations) {
-      check(c);
-      require(length(r.context) + length(c) - 1 <= model_.config.max_positions,
-              "score: a request of {} tokens; the model takes {}", r.context.size() + c.size() - 1,
+    require(!r.texts.empty(), "score: a request without texts");
+    for (const ScoredText& t : r.texts) {
+      check(t.tokens);
+      require(t.scored_from >= 1 && t.scored_from < length(t.tokens),
+              "score: {} tokens scored from {}; expected 1 to {}", t.tokens.size(), t.scored_from,
+              length(t.tokens) - 1);
+      require(length(t.tokens) - 1 <= model_.config.max_positions,
+              "score: a request of {} tokens; the model takes {}", t.tokens.size() - 1,
               model_.config.max_positions);
     }
   }
+  std::vector<std::int64_t> shared(requests.size()), rows(requests.size());
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    shared[i] = share_prefix_ ? common_rows(requests[i]) : 0;
+    rows[i] = shared[i];
+    for (const ScoredText& t : requests[i].texts) rows[i] += length(t.tokens) - 1 - shared[i];
+  }
+  const auto size = [&](std::size_t i) { return rows[i]; };
   for (const auto& run : packed(longest_first(requests.size(), size), max_tokens_, size)) {
     HostBatch batch;
-    std::vector<std::pair<std::size_t, std::size_t>> owner;  // of each label: request, continuation
+    std::vector<std::pair<std::size_t, std::size_t>> owner;  // of each label: request, text
     batch.begin_part(0);
     for (const std::size_t i : run) {
-      const auto& context = requests[i].context;
-      const auto n = static_cast<std::int32_t>(context.size());
       const auto sample = static_cast<std::int32_t>(i);
-      // The context runs once; every continuation sees it as a prefix and adds all but its last
-      // token.
-      const auto begin = batch.add_sequence(context, sample, 0);
-      out[i].assign(requests[i].continuations.size(), {0, true});
-      for (std::size_t c = 0; c < requests[i].continuations.size(); ++c) {
-        const auto& text = requests[i].continuations[c];
-        batch.add_label(begin + n - 1, text.front(), 1);
-        owner.emplace_back(i, c);
-        if (text.size() == 1) continue;
-        const std::vector<std::int32_t> rows(text.begin(), text.end() - 1);
-        const auto at = batch.add_sequence(rows, sample, 0, n, begin, n);
-        for (std::size_t t = 1; t < text.size(); ++t) {
-          batch.add_label(at + static_cast<std::int32_t>(t) - 1, text[t], 1);
+      const auto prefix = static_cast<std::int32_t>(shared[i]);
+      const auto& first = requests[i].texts.front().tokens;
+      // What the texts have in common runs once; each text sees it as a prefix and adds the rest,
+      // all but its last token.
+      const std::int32_t begin =
+          prefix == 0 ? 0 : batch.add_sequence({first.begin(), first.begin() + prefix}, sample, 0);
+      out[i].assign(requests[i].texts.size(), {0, true});
+      for (std::size_t c = 0; c < requests[i].texts.size(); ++c) {
+        const ScoredText& t = requests[i].texts[c];
+        std::int32_t own = 0;
+        if (length(t.tokens) - 1 > prefix)
+          own = batch.add_sequence({t.tokens.begin() + prefix, t.tokens.end() - 1}, sample, 0,
+                                   prefix, begin, prefix);
+        for (std::int32_t j = t.scored_from; j < static_cast<std::int32_t>(t.tokens.size()); ++j) {
+          const std::int32_t row = j - 1 < prefix ? begin + j - 1 : own + j - 1 - prefix;
+          batch.add_label(row, t.tokens[static_cast<std::size_t>(j)], 1);
           owner.emplace_back(i, c);
         }
       }

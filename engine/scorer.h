@@ -20,7 +20,9 @@ struct HostBatch;
 /// grows only for a request that is longer. Not thread-safe.
 class Scorer {
  public:
-  Scorer(Backend& ops, const Model& model, const Adapter* adapter, std::int64_t max_tokens);
+  /// `share_prefix` false runs every text of a choice request whole: to measure what sharing saves.
+  Scorer(Backend& ops, const Model& model, const Adapter* adapter, std::int64_t max_tokens,
+         bool share_prefix = true);
   ~Scorer();
 
   std::vector<std::vector<float>> labels(std::span<const LabelRequest> requests);
@@ -39,6 +41,7 @@ class Scorer {
   Backend& ops_;
   const Model& model_;
   std::int64_t max_tokens_, tokens_ = 0;
+  bool share_prefix_;
   std::unique_ptr<DeviceAdapter> adapter_;
   std::unique_ptr<Pass> pass_;
   std::int64_t rows_ = 0, sequences_ = 0, labels_ = 0;

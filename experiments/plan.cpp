@@ -160,8 +160,8 @@ const std::vector<TrainItem>& Texts::training(const TrialSpec& spec) {
   const auto [at, fresh] = items_.try_emplace(key);
   if (!fresh) return at->second;
   Truncation cut;
-  for (const auto& name : spec.train.tasks) {
-    const Task& task = find_task(name);
+  for (const auto& name : mix_names(spec.train.tasks)) {
+    const Task task = find_task(name);
     for (const Row& row : load_split(task, true, spec.train.limit).rows)
       at->second.push_back(tokenizer_ != nullptr
                                ? train_item(task, row, *tokenizer_, spec.train.cutoff_len, cut)
@@ -172,16 +172,18 @@ const std::vector<TrainItem>& Texts::training(const TrialSpec& spec) {
 
 std::int64_t Texts::scored_tokens(const TrialSpec& spec) {
   std::int64_t sum = 0;
-  for (const auto& name : spec.evaluate.suites) {
+  for (const auto& name : mix_names(spec.evaluate.suites)) {
     const auto [at, fresh] = scored_.try_emplace(
-        fmt::format("{} {} {}", name, spec.evaluate.limit, spec.evaluate.cutoff_len));
+        fmt::format("{} {} {} {}", name, spec.evaluate.limit, spec.evaluate.cutoff_len,
+                    write(static_cast<const ProtocolSpec&>(spec.evaluate)).dump()));
     if (fresh) {
-      Truncation cut;
-      const Task& task = find_task(name);
+      const Task task = find_task(name);
+      const std::string few_shot = few_shot_of(task, spec.evaluate);
       for (const Row& row : load_split(task, false, spec.evaluate.limit).rows)
         at->second += static_cast<std::int64_t>(
             tokenizer_ != nullptr
-                ? label_request(task, row, *tokenizer_, spec.evaluate.cutoff_len, cut).prompt.size()
+                ? asked_tokens(task, row, *tokenizer_, spec.evaluate, spec.evaluate.cutoff_len,
+                               few_shot)
                 : stand_in(prompt_text(task, row), spec.evaluate.cutoff_len).tokens.size());
     }
     sum += at->second;

@@ -57,8 +57,8 @@ Scoring in_portions(const Scoring& inner, std::int64_t tokens_a_pass,
           },
           [=](std::span<const ChoiceRequest> requests) {
             return ask(requests, inner.choices, [](const ChoiceRequest& r) {
-              std::size_t n = r.context.size();
-              for (const auto& c : r.continuations) n += c.size();
+              std::size_t n = 0;
+              for (const ScoredText& t : r.texts) n += t.tokens.size();
               return static_cast<std::int64_t>(n);
             });
           }};
@@ -215,15 +215,17 @@ void score_trial(const Workbench& bench, const RunningTrial& running, const Adap
   const std::int64_t tokens_a_pass = bench.ops.device() == Device::cpu ? kCpuTokens : kDeviceTokens;
   Scorer scorer(bench.ops, bench.model, adapter, tokens_a_pass);
   const auto start = Clock::now();
-  for (const auto& name : spec.evaluate.suites) {
-    const Task& task = find_task(name);
+  for (const auto& name : mix_names(spec.evaluate.suites)) {
+    const Task task = find_task(name);
     const Scoring scoring =
         in_portions(scorer.scoring(), tokens_a_pass, [&](std::size_t asked, std::size_t of) {
           if (observer.stop && observer.stop()) throw Interrupted("stopped between two questions");
           if (observer.on_asked) observer.on_asked(*running.trial, name, asked, of);
         });
-    const Evaluation e = evaluate_labels(task, load_split(task, false, spec.evaluate.limit),
-                                         *bench.tokenizer, scoring, spec.evaluate.cutoff_len);
+    const Evaluation e =
+        evaluate(task, load_split(task, false, spec.evaluate.limit), *bench.tokenizer, scoring,
+                 spec.evaluate, spec.evaluate.cutoff_len, bench.model.config.max_positions,
+                 few_shot_of(task, spec.evaluate));
     store.evaluation(running.attempt, e);
     if (observer.on_score) observer.on_score(*running.trial, e);
   }

@@ -100,6 +100,11 @@ const std::map<std::string, const char*>& descriptions() {
       {"evaluate", "What the trained model is asked."},
       {"evaluate.suites", "Suites whose test splits are asked: a list, or \"a;b;c\"."},
       {"evaluate.protocol", "How a suite is asked and scored."},
+      {"evaluate.label_rule",
+       "label-token: the row's own labels compete, or the task's whole list as in MoE-PEFT."},
+      {"evaluate.boolq_passage", "label-token: put the passage before BoolQ's question."},
+      {"evaluate.bos", "Texts begin with BOS as the tokenizer has it, or never."},
+      {"evaluate.few_shot", "loglikelihood: solved examples before each question."},
       {"evaluate.limit", "First n rows of every suite; 0: all."},
       {"evaluate.cutoff_len", "Tokens of a prompt; its middle is cut."},
   };

@@ -6,7 +6,7 @@
 #include <map>
 
 #include "engine/sha256.h"
-#include "suites/task.h"
+#include "suites/evaluate.h"
 
 namespace mixlora {
 
@@ -15,18 +15,17 @@ void check(const TrialSpec& s, const std::string& path) {
           "{}.model: missing; expected a Hugging Face directory or \"shape:llama-2-7b\"", path);
   check(s.adapter, path + ".adapter");
   check(s.train, path + ".train");
-  require(s.evaluate.protocol == "label-token",
-          "{}.evaluate.protocol: \"{}\"; expected \"label-token\"", path, s.evaluate.protocol);
+  check(static_cast<const ProtocolSpec&>(s.evaluate), path + ".evaluate");
   require(s.evaluate.limit >= 0, "{}.evaluate.limit: {}; expected 0 (all) or more", path,
           s.evaluate.limit);
   require(s.evaluate.cutoff_len >= 8, "{}.evaluate.cutoff_len: {}; expected 8 or more", path,
           s.evaluate.cutoff_len);
   const auto known = [&](const std::vector<std::string>& names, const char* key) {
-    for (const auto& n : names) try {
-        find_task(n);
-      } catch (const InputError& e) {
-        fail("{}.{}: {}", path, key, e.what());
-      }
+    try {
+      for (const auto& n : mix_names(names)) find_task(n);
+    } catch (const InputError& e) {
+      fail("{}.{}: {}", path, key, e.what());
+    }
   };
   known(s.train.tasks, "train.tasks");
   known(s.evaluate.suites, "evaluate.suites");
@@ -125,8 +124,11 @@ std::string data_fingerprint(const TrialSpec& spec) {
     text += name + (train ? " train " : " test ") + hash + "\n";
   };
   if (spec.adapter.method != Method::base)
-    for (const auto& t : spec.train.tasks) add(t, true);
-  for (const auto& s : spec.evaluate.suites) add(s, false);
+    for (const auto& t : mix_names(spec.train.tasks)) add(t, true);
+  for (const auto& s : mix_names(spec.evaluate.suites)) {
+    add(s, false);
+    text += few_shot_of(find_task(s), spec.evaluate);
+  }
   return sha256(text);
 }
 

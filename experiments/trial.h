@@ -7,18 +7,18 @@
 #include "engine/specs.h"
 #include "engine/specs_json.h"
 #include "kernels/tensor.h"
+#include "suites/protocol.h"
 
 namespace mixlora {
 
-struct EvaluateSpec {
+struct EvaluateSpec : ProtocolSpec {
   std::vector<std::string> suites;
-  std::string protocol = "label-token";
   std::int64_t limit = 0;         // first n rows of every suite; 0: all
   std::int64_t cutoff_len = 512;  // tokens of a prompt
 };
 template <class V> void fields(V& v, EvaluateSpec& s) {
   v("suites", s.suites);
-  v("protocol", s.protocol);
+  fields(v, static_cast<ProtocolSpec&>(s));
   v("limit", s.limit);
   v("cutoff_len", s.cutoff_len);
 }

@@ -63,11 +63,11 @@ Workload real_workload(const WorkloadOptions& o, const ModelConfig& config, std:
   if (!o.tokenizer.empty()) w.name += fmt::format(" cut by {}", o.tokenizer);
   w.job.items = Texts(&tokenizer).training(trial);
   w.job.train.batch_size = o.batch_size;
-  const Task& task = find_task(o.task);
-  Truncation cut;
+  const Task task = find_task(o.task);
+  LabelRequests maker(task, tokenizer, {}, w.job.train.cutoff_len);
   if (rows > 0)
     for (const Row& row : load_split(task, false, rows).rows)
-      w.requests.push_back(label_request(task, row, tokenizer, w.job.train.cutoff_len, cut));
+      w.requests.push_back(maker.request(row));
   const auto wrap = [&](std::vector<std::int32_t>& ids) {
     for (auto& id : ids) id %= static_cast<std::int32_t>(config.vocab);
   };

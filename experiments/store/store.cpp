@@ -192,9 +192,13 @@ void Store::step(std::int64_t attempt, const StepRecord& r) {
 
 void Store::evaluation(std::int64_t attempt, const Evaluation& e) {
   Transaction t(db_);
-  Statement(db_, "INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
-      .run(attempt, e.suite, e.protocol, e.metric, e.value, e.standard_error, e.n, e.majority,
-           e.chance, e.truncated);
+  Statement score(db_, "INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+  const auto put = [&](const Metric& m) {
+    score.run(attempt, e.suite, e.protocol, m.name, m.value, m.standard_error, e.n, e.majority,
+              e.chance, e.truncated);
+  };
+  put({e.metric, e.value, e.standard_error});
+  for (const Metric& m : e.others) put(m);
   Statement answer(db_, "INSERT INTO answer VALUES (?, ?, ?, ?, ?, ?, ?)");
   for (const Answer& a : e.answers)
     answer.run(attempt, e.suite, e.protocol, a.item, a.choice, a.gold, Json(a.log_probs).dump());

@@ -229,10 +229,17 @@ TEST_CASE("scores depend neither on order nor on what is asked together", "[engi
   j.train.max_steps = 10;
   auto trained = run(*ops, *model, {j});
   std::vector<ChoiceRequest> requests;
-  for (const auto& item : reversals(9, 5))
-    requests.push_back(
-        {{item.tokens.begin(), item.tokens.begin() + item.answer_begin},
-         {{item.tokens.begin() + item.answer_begin, item.tokens.end()}, {5}, {3, 4, 5, 6}}});
+  for (const auto& item : reversals(9, 5)) {
+    ChoiceRequest& r = requests.emplace_back();
+    const std::vector<std::vector<std::int32_t>> continuations{
+        {item.tokens.begin() + item.answer_begin, item.tokens.end()}, {5}, {3, 4, 5, 6}};
+    for (const auto& c : continuations) {
+      ScoredText& t = r.texts.emplace_back();
+      t.tokens.assign(item.tokens.begin(), item.tokens.begin() + item.answer_begin);
+      t.tokens.insert(t.tokens.end(), c.begin(), c.end());
+      t.scored_from = item.answer_begin;
+    }
+  }
   Scorer together(*ops, *model, trained[0].result.adapters[0].get(), 512),
       apart(*ops, *model, trained[0].result.adapters[0].get(), 8);
   const auto a = together.choices(requests);
@@ -242,12 +249,11 @@ TEST_CASE("scores depend neither on order nor on what is asked together", "[engi
     for (std::size_t c = 0; c < a[i].size(); ++c) {
       CHECK(a[i][c].log_prob == Approx(b[a.size() - 1 - i][c].log_prob).margin(1e-4));
       // Sharing the context gives what scoring the whole text gives.
-      std::vector<std::int32_t> whole = requests[i].context;
-      whole.insert(whole.end(), requests[i].continuations[c].begin(),
-                   requests[i].continuations[c].end());
+      const auto& whole = requests[i].texts[c].tokens;
       const auto logits = together.logits(whole);
       double expected = 0;
-      for (std::size_t t = requests[i].context.size(); t < whole.size(); ++t) {
+      for (auto t = static_cast<std::size_t>(requests[i].texts[c].scored_from); t < whole.size();
+           ++t) {
         const float* row = logits.data() + (t - 1) * 40;
         double sum = 0;
         for (int v = 0; v < 40; ++v) sum += std::exp(static_cast<double>(row[v]));

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Answers of lm-evaluation-harness and of a plain transformers script, to compare a store of ours with.
+
+Needs torch, transformers, datasets and lm-eval 0.4.x. Rows come from MIXLORA_DATA; no data is downloaded.
+  suite_oracle.py texts BINARY                      every loglikelihood request of `prompts`, all rows, against lm-eval's
+  suite_oracle.py scores MODEL OUT.json [ROWS]      both protocols' log-probabilities in float32
+  suite_oracle.py compare OUT.json STORE.db         item by item; exit 1 when an answer or a log-probability differs too much
+The store comes of a sweep that asks the base model both protocols in fp32 with the same limit.
+"""
+import gzip, json, os, sqlite3, subprocess, sys, tempfile
+
+DATA = os.environ.get("MIXLORA_DATA", "data")
+# name: folder, split, lm-eval task
+SUITES = {"arc-e": ("arc_easy", "test", "arc_easy"), "arc-c": ("arc_challenge", "test", "arc_challenge"),
+          "boolq": ("boolq", "validation", "boolq"), "obqa": ("openbookqa", "test", "openbookqa"),
+          "piqa": ("piqa", "validation", "piqa"), "siqa": ("social_iqa", "validation", "social_iqa"),
+          "hellaswag": ("hellaswag", "validation", "hellaswag"), "winogrande": ("winogrande", "validation", "winogrande")}
+HEADLINE = {"arc-e": "acc", "arc-c": "acc_norm", "boolq": "acc", "obqa": "acc_norm", "piqa": "acc", "siqa": "acc",
+            "hellaswag": "acc_norm", "winogrande": "acc"}
+WIKIHOW = {"Cars & Other Vehicles", "Computers and Electronics", "Education and Communications", "Family Life",
+           "Finance and Business", "Food and Entertaining", "Health", "Holidays and Traditions", "Home and Garden",
+           "Home,Categories", "Personal Care and Style", "Pets and Animals", "Philosophy and Religion", "Relationships",
+           "Sports and Fitness", "Travel", "Uncategorized", "Work World", "Youth"}
+
+
+def rows_of(name, limit=None):
+    folder, split, _ = SUITES[name]
+    with gzip.open(f"{DATA}/{folder}/{split}.jsonl.gz", "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return rows[:limit]
+
+
+def original(name, r):
+    """A row with the official data set's fields."""
+    import re
+    c, q, a = r["choices"], r["question"], r["answer"]
+    if name in ("arc-e", "arc-c"):
+        return {"id": r["id"], "question": q, "choices": {"text": c, "label": r["labels"]}, "answerKey": r["labels"][a]}
+    if name == "obqa":
+        return {"id": r["id"], "question_stem": q, "choices": {"text": c, "label": r["labels"]}, "answerKey": r["labels"][a]}
+    if name == "boolq":
+        return {"passage": r["context"], "question": q, "label": a}
+    if name == "piqa":
+        return {"goal": q, "sol1": c[0], "sol2": c[1], "label": a}
+    if name == "siqa":
+        return {"context": r["context"], "question": q, "answerA": c[0], "answerB": c[1], "answerC": c[2], "label": str(a + 1)}
+    if name == "winogrande":
+        return {"sentence": q, "option1": c[0], "option2": c[1], "answer": str(a + 1)}
+    ends = list(re.finditer(r"[.!?][\"')]*\s+", q))
+    at = len(q) if r["context"] in WIKIHOW or not ends else ends[-1].end()
+    return {"activity_label": r["context"], "ctx_a": q[:at], "ctx_b": q[at:], "endings": c, "label": str(a)}
+
+
+def task_of(name, rows):
+    """lm-eval's own task over our rows."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+    split = SUITES[name][1]
+    lm_task = SUITES[name][2]
+
+    def local(self, *args, **kwargs):
+        d = datasets.Dataset.from_list([original(name, r) for r in rows])
+        self.dataset = datasets.DatasetDict({"train": d, "validation": d, "test": d})
+
+    ConfigurableTask.download = local
+    task = TaskManager().load([lm_task])["tasks"][lm_task]
+    docs = list(task.test_docs() if task.has_test_docs() else task.validation_docs())
+    assert len(docs) == len(rows), (name, split)
+    return task, docs
+
+
+def requests_of(name, rows):
+    task, docs = task_of(name, rows)
+    for doc in docs:
+        context = task.fewshot_context(doc, 0)
+        yield [i.args for i in task.construct_requests(doc, context, metadata=(name, 0, 1), doc_id=0)]
+
+
+def texts(binary):
+    bad = 0
+    for name in SUITES:
+        rows = rows_of(name)
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
+            subprocess.run([binary, "prompts", name, "--protocol", "loglikelihood", "--out", out.name], check=True,
+                           stdout=subprocess.DEVNULL)
+            ours = [json.loads(line) for line in open(out.name, encoding="utf-8")]
+        differ = [row["id"] for row, theirs in zip(ours, requests_of(name, rows))
+                  if [(p["context"], p["continuation"]) for p in row["requests"]] != [tuple(t) for t in theirs]]
+        print(f"{name}: {len(ours)} rows, {len(differ)} differ {differ[:3]}", flush=True)
+        bad += len(differ) + (len(ours) != len(rows))
+    return 1 if bad else 0
+
+
+def scores(model, out, limit):
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=16)
+    answers = {}
+    for name in SUITES:
+        rows = rows_of(name, limit)
+        from lm_eval.api.instance import Instance
+        asked = [list(map(tuple, r)) for r in requests_of(name, rows)]
+        flat = [Instance(request_type="loglikelihood", doc={}, arguments=a, idx=0) for r in asked for a in r]
+        values, at = [v for v, _ in lm.loglikelihood(flat, disable_tqdm=True)], 0
+        answers[name] = {}
+        for r, a in zip(rows, asked):
+            lls, at = values[at:at + len(a)], at + len(a)
+            lengths = [len(clean_choice(name, c)) for c in r["choices"]] if HEADLINE[name] == "acc_norm" else [1] * len(a)
+            normed = [x / n for x, n in zip(lls, lengths)]
+            answers[name][r["id"]] = {"loglikelihood": lls, "choice": normed.index(max(normed))}
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as f:
+            subprocess.run([os.environ.get("MIXLORA_BENCH", "build/cpu/mixlora-bench"), "prompts", name, "--out", f.name],
+                           check=True, stdout=subprocess.DEVNULL)
+            for line in list(open(f.name, encoding="utf-8"))[:len(rows)]:
+                p = json.loads(line)
+                ids = lm.tokenizer(p["requests"][0]["context"]).input_ids
+                labels = [lm.tokenizer(" " + q["continuation"], add_special_tokens=False).input_ids[-1] for q in p["requests"]]
+                with torch.no_grad():
+                    logits = lm.model(torch.tensor([ids])).logits[0, -1].float()[labels]
+                answers[name][p["id"]]["label-token"] = torch.log_softmax(logits, -1).tolist()
+        print(name, len(rows), flush=True)
+    with open(out, "w") as f:
+        json.dump(answers, f)
+    return 0
+
+
+def clean_choice(name, choice):
+    if name != "hellaswag":
+        return choice
+    from lm_eval.tasks.hellaswag.utils import preprocess
+    return preprocess(choice)
+
+
+def compare(file, store):
+    theirs, db, bad = json.load(open(file)), sqlite3.connect(store), 0
+    print("| suite | protocol | rows | differing answers | largest difference of a log-probability |\n|---|---|---|---|---|")
+    for name, items in theirs.items():
+        for protocol in ("loglikelihood", "label-token"):
+            found = {i: (c, json.loads(p)) for i, c, p in db.execute(
+                "SELECT item, choice, log_probs FROM answer WHERE suite = ? AND protocol = ?", (name, protocol))}
+            differ, most = [], 0.0
+            for item, t in items.items():
+                choice, probs = found[item]
+                expected = t["choice"] if protocol == "loglikelihood" else t[protocol].index(max(t[protocol]))
+                most = max(most, *(abs(a - b) for a, b in zip(probs, t[protocol], strict=True)))
+                if choice != expected:
+                    differ.append(item)
+            print(f"| {name} | {protocol} | {len(items)} | {len(differ)} | {most:.1e} |")
+            bad += most > 1e-3 or len(differ) * 1000 > max(len(items), 1000)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    what, rest = sys.argv[1], sys.argv[2:]
+    if what == "texts":
+        sys.exit(texts(rest[0]))
+    if what == "scores":
+        sys.exit(scores(rest[0], rest[1], int(rest[2]) if len(rest) > 2 else None))
+    sys.exit(compare(*rest))
