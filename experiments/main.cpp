@@ -41,6 +41,8 @@ int main(int argc, char** argv) {
   add_report_command(app, exit_code);
   add_compare_command(app, exit_code);
   add_check_command(app, exit_code);
+  add_suites_command(app, exit_code);
+  add_fetch_command(app, exit_code);
   add_prompts_command(app, exit_code);
   add_bench_command(app, exit_code);
   add_profile_command(app, exit_code);

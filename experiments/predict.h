@@ -20,7 +20,7 @@ struct Rates {
 Rates measured_rates(Database& db, const std::string& model_hash, const std::string& device);
 
 /// Adds what `rates` lacks for the trials that run: one method at a time, training steps and
-/// scoring of models with one and four layers of this shape and random weights, which give the time
+/// scoring of models with one layer and a few of this shape and random weights, which give the time
 /// of all layers.
 void calibrate(Rates& rates, const Sweep& sweep, const Plan& plan, const ModelConfig& model,
                Backend& ops, Texts& texts);

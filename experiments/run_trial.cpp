@@ -203,6 +203,10 @@ std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
   return std::move(result.adapters);
 }
 
+std::int64_t scoring_pass_tokens(const Backend& ops) {
+  return ops.device() == Device::cpu ? kCpuTokens : kDeviceTokens;
+}
+
 void score_trial(const Workbench& bench, const RunningTrial& running, const Adapter* adapter,
                  Store& store, const TrialObserver& observer) {
   const TrialSpec& spec = running.trial->spec;
@@ -212,7 +216,7 @@ void score_trial(const Workbench& bench, const RunningTrial& running, const Adap
   require(bench.tokenizer != nullptr,
           "model \"{}\" is a shape without a tokenizer; it can be measured, not asked questions",
           bench.model_source);
-  const std::int64_t tokens_a_pass = bench.ops.device() == Device::cpu ? kCpuTokens : kDeviceTokens;
+  const std::int64_t tokens_a_pass = scoring_pass_tokens(bench.ops);
   Scorer scorer(bench.ops, bench.model, adapter, tokens_a_pass);
   const auto start = Clock::now();
   for (const auto& name : mix_names(spec.evaluate.suites)) {

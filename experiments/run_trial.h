@@ -58,6 +58,8 @@ std::vector<std::unique_ptr<Adapter>> train_pack(const Workbench& bench,
                                                  std::span<const RunningTrial> pack,
                                                  const RunSpec& run, Texts& texts, Store& store,
                                                  const TrialObserver& observer);
+/// Tokens of one scoring pass on a device.
+std::int64_t scoring_pass_tokens(const Backend& ops);
 /// Asks a trial's suites of the model with `adapter`, or without when that is null.
 void score_trial(const Workbench& bench, const RunningTrial& running, const Adapter* adapter,
                  Store& store, const TrialObserver& observer);

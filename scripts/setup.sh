@@ -6,7 +6,8 @@ set -euo pipefail
 packages=(build-essential cmake ninja-build ccache git ca-certificates python3 python3-venv libfmt-dev nlohmann-json3-dev
   libsqlite3-dev zlib1g-dev libcli11-dev catch2 libbenchmark-dev)
 # oneDNN multiplies faster; without it (it is in Debian's main and Ubuntu's universe) own loops serve.
-optional=(libdnnl-dev)
+# libcurl fetches suites; without it they come from a folder.
+optional=(libdnnl-dev libcurl4-openssl-dev)
 case ${1:-} in
   --check) packages+=(clang-format clang-tidy clang) ;;
   "") ;;

@@ -3,7 +3,9 @@
 
 Needs torch, transformers, datasets and lm-eval 0.4.x. Rows come from MIXLORA_DATA; no data is downloaded.
   suite_oracle.py texts BINARY                      every loglikelihood request of `prompts`, all rows, against lm-eval's
-  suite_oracle.py scores MODEL OUT.json [ROWS]      both protocols' log-probabilities in float32
+  suite_oracle.py scores MODEL OUT.json ROWS [SUITE...]
+                                                    both protocols' log-probabilities in float32 of each suite's first rows;
+                                                    what OUT.json has already stays and is not asked again
   suite_oracle.py compare OUT.json STORE.db         item by item; exit 1 when an answer or a log-probability differs too much
 The store comes of a sweep that asks the base model both protocols in fp32 with the same limit.
 """
@@ -92,17 +94,21 @@ def texts(binary):
     return 1 if bad else 0
 
 
-def scores(model, out, limit):
-    import torch
+def scores(model, out, limit, suites):
+    import time, torch
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=16)
-    answers = {}
-    for name in SUITES:
+    answers = json.load(open(out)) if os.path.exists(out) else {}
+    for name in suites or SUITES:
+        if name in answers:
+            continue
         rows = rows_of(name, limit)
         from lm_eval.api.instance import Instance
         asked = [list(map(tuple, r)) for r in requests_of(name, rows)]
         flat = [Instance(request_type="loglikelihood", doc={}, arguments=a, idx=0) for r in asked for a in r]
+        start = time.monotonic()
         values, at = [v for v, _ in lm.loglikelihood(flat, disable_tqdm=True)], 0
+        seconds = time.monotonic() - start
         answers[name] = {}
         for r, a in zip(rows, asked):
             lls, at = values[at:at + len(a)], at + len(a)
@@ -119,9 +125,9 @@ def scores(model, out, limit):
                 with torch.no_grad():
                     logits = lm.model(torch.tensor([ids])).logits[0, -1].float()[labels]
                 answers[name][p["id"]]["label-token"] = torch.log_softmax(logits, -1).tolist()
-        print(name, len(rows), flush=True)
-    with open(out, "w") as f:
-        json.dump(answers, f)
+        print(f"{name}: {len(rows)} rows; lm-eval's loglikelihood took {seconds:.1f} s, {torch.get_num_threads()} threads", flush=True)
+        with open(out, "w") as f:
+            json.dump(answers, f)
     return 0
 
 
@@ -156,5 +162,5 @@ if __name__ == "__main__":
     if what == "texts":
         sys.exit(texts(rest[0]))
     if what == "scores":
-        sys.exit(scores(rest[0], rest[1], int(rest[2]) if len(rest) > 2 else None))
+        sys.exit(scores(rest[0], rest[1], int(rest[2]), rest[3:]))
     sys.exit(compare(*rest))

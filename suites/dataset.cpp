@@ -16,24 +16,6 @@ namespace {
 
 constexpr std::size_t kMaxText = std::size_t{1} << 30;
 
-/// A gzip file as text; plain files are read as they are.
-std::string read_gzip(const std::filesystem::path& file) {
-  const std::unique_ptr<gzFile_s, decltype(&gzclose)> in(gzopen(file.c_str(), "rb"), &gzclose);
-  require(in != nullptr, "{}: cannot be opened", file.string());
-  std::string text, chunk(1 << 20, '\0');
-  for (;;) {
-    const int n = gzread(in.get(), chunk.data(), static_cast<unsigned>(chunk.size()));
-    int code = Z_OK;
-    const char* message = gzerror(in.get(), &code);
-    require(n >= 0 && (code == Z_OK || code == Z_STREAM_END), "{}: not a whole gzip file: {}",
-            file.string(), message);
-    if (n == 0) break;
-    text.append(chunk, 0, static_cast<std::size_t>(n));
-    require(text.size() <= kMaxText, "{}: more than {} bytes of text", file.string(), kMaxText);
-  }
-  return text;
-}
-
 std::string string_at(const Json& j, const char* key, const std::string& where) {
   require(j.contains(key), "{}: the key \"{}\" is missing", where, key);
   require(j[key].is_string(), "{}: \"{}\": expected a string, found {}", where, key,
@@ -77,6 +59,24 @@ Row read_row(const Json& j, const std::string& where) {
 
 }  // namespace
 
+std::string read_lines(const std::filesystem::path& file) {
+  // zlib reads plain files as they are.
+  const std::unique_ptr<gzFile_s, decltype(&gzclose)> in(gzopen(file.c_str(), "rb"), &gzclose);
+  require(in != nullptr, "{}: cannot be opened", file.string());
+  std::string text, chunk(1 << 20, '\0');
+  for (;;) {
+    const int n = gzread(in.get(), chunk.data(), static_cast<unsigned>(chunk.size()));
+    int code = Z_OK;
+    const char* message = gzerror(in.get(), &code);
+    require(n >= 0 && (code == Z_OK || code == Z_STREAM_END), "{}: not a whole gzip file: {}",
+            file.string(), message);
+    if (n == 0) break;
+    text.append(chunk, 0, static_cast<std::size_t>(n));
+    require(text.size() <= kMaxText, "{}: more than {} bytes of text", file.string(), kMaxText);
+  }
+  return text;
+}
+
 Dataset parse_dataset(std::string_view text, const std::string& name, std::int64_t limit) {
   Dataset d;
   d.file = name;
@@ -101,7 +101,7 @@ Dataset parse_dataset(std::string_view text, const std::string& name, std::int64
 
 Dataset read_dataset(const std::filesystem::path& file, std::int64_t limit) {
   require(std::filesystem::exists(file), "{}: no such file", file.string());
-  return parse_dataset(read_gzip(file), file.string(), limit);
+  return parse_dataset(read_lines(file), file.string(), limit);
 }
 
 std::filesystem::path data_directory() {

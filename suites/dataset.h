@@ -24,6 +24,8 @@ struct Dataset {
 Dataset read_dataset(const std::filesystem::path& file, std::int64_t limit = 0);
 /// Parses text of JSON lines; `name` is what errors call it.
 Dataset parse_dataset(std::string_view text, const std::string& name, std::int64_t limit = 0);
+/// A file of rows as text, unpacked where it is .gz. Throws InputError.
+std::string read_lines(const std::filesystem::path& file);
 /// Where suites lie: $MIXLORA_DATA, else ./data; may not exist.
 std::filesystem::path data_directory();
 

@@ -44,6 +44,17 @@ void check_texts(const Task& t, const std::string& where) {
           t.loglikelihood.headline);
 }
 
+void check(const Source& s, const std::string& where) {
+  if (s.repository.empty()) return;
+  require(!s.question.empty() && !s.answer.empty(), "{}: needs columns \"question\" and \"answer\"",
+          where);
+  require(s.choices.empty() != s.fixed_choices.empty(),
+          "{}: needs either \"choices\" or \"fixed_choices\"", where);
+  require(s.fixed_labels.empty() || s.fixed_labels.size() == s.fixed_choices.size(),
+          "{}.fixed_labels: {} for {} choices", where, s.fixed_labels.size(),
+          s.fixed_choices.size());
+}
+
 void check(const Task& t, const std::string& where) {
   check_name(t.name, where);
   require(t.choices.empty() ||
@@ -66,6 +77,7 @@ void check(const Task& t, const std::string& where) {
   require(t.few_shot_split.empty() || names.count(t.few_shot_split) != 0,
           "{}.few_shot: no split \"{}\"", where, t.few_shot_split);
   check_texts(t, where);
+  check(t.source, where + ".source");
 }
 
 /// A file of rows without a task of its own: a question with lettered choices.
@@ -154,9 +166,9 @@ std::filesystem::path split_file(const Task& task, const Split& split) {
     fail("task {}: split \"{}\": neither {}.jsonl nor {}.jsonl.gz is there", task.name, split.name,
          stem.string(), stem.string());
   fail(
-      "task {}: split \"{}\": neither {}.jsonl nor {}.jsonl.gz is there; set MIXLORA_DATA to the "
-      "folder that holds {}/ (suites/README.md says what a row looks like)",
-      task.name, split.name, stem.string(), stem.string(), task.folder);
+      "task {}: split \"{}\": neither {}.jsonl nor {}.jsonl.gz is there; bring it with "
+      "`mixlora-bench fetch suites {}`, or set MIXLORA_DATA to the folder that holds {}/",
+      task.name, split.name, stem.string(), stem.string(), task.name, task.folder);
 }
 
 Dataset load_split(const Task& task, const Split& split, std::int64_t limit) {
@@ -170,7 +182,8 @@ Dataset load_split(const Task& task, const Split& split, std::int64_t limit) {
             task.choices[0], task.choices[1]);
   }
   Json asked = write(task);  // what is asked belongs to the data's identity; words about it do not
-  for (const char* words : {"aliases", "column", "about", "licence", "folder"}) asked.erase(words);
+  for (const char* words : {"aliases", "column", "about", "licence", "folder", "splits", "source"})
+    asked.erase(words);
   d.hash = sha256(d.hash + "\n" + asked.dump());
   return d;
 }

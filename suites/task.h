@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "suites/dataset.h"
+#include "suites/source.h"
 
 namespace mixlora {
 
@@ -19,10 +20,11 @@ enum class Cleaning : std::uint8_t { none, hellaswag };
 
 struct Split {
   std::string name;
-  std::string file;       // stem; .jsonl or .jsonl.gz follows
-  std::int64_t rows = 0;  // the official count; 0: not stated
-  std::string sha256;     // of the rows' contents (content_hash); empty: not on record
-  std::string edition;    // which text the hash is of, where it is not the official file's
+  std::string file;              // stem; .jsonl or .jsonl.gz follows
+  std::int64_t rows = 0;         // the official count; 0: not stated
+  std::string sha256;            // of the rows' contents (content_hash); empty: not on record
+  std::string edition;           // which text the hash is of, where it is not the official file's
+  std::string config, official;  // at the source, where they are not the task's and the name
 };
 
 /// How the label-token protocol asks a row. Templates: see text_template.h.
@@ -59,6 +61,7 @@ struct Task {
   std::string train_split = "train", test_split = "test", few_shot_split;  // names of splits
   LabelTokenTexts label_token;
   LoglikelihoodTexts loglikelihood;
+  Source source;
 
   std::filesystem::path home;  // folder of an own task's file; empty: a shipped task
 

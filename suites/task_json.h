@@ -22,6 +22,8 @@ template <class V> void fields(V& v, Split& s) {
   v("rows", s.rows);
   v("sha256", s.sha256);
   v("edition", s.edition);
+  v("config", s.config);
+  v("official", s.official);
 }
 template <class V> void fields(V& v, LabelTokenTexts& s) {
   v("prompt", s.prompt);
@@ -56,6 +58,7 @@ template <class V> void fields(V& v, Task& s) {
   v("few_shot", s.few_shot_split);
   v("label_token", s.label_token);
   v("loglikelihood", s.loglikelihood);
+  v("source", s.source);
 }
 
 }  // namespace mixlora
