@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, builds and runs everything that must hold: checks of the sources, sanitizers, the gate (gate.sh), all tests.
+# Sets up, builds and runs everything that must hold: checks of the sources, sanitizers, all tests.
 # ctest's summary is last.
 # Reads suite data from MIXLORA_DATA and the model from MIXLORA_MODEL where they are set; what needs an absent one skips
 # with a printed reason. MIXLORA_ASAN=0 leaves the sanitizers out.
@@ -19,5 +19,4 @@ if [ "${MIXLORA_ASAN:-1}" != 0 ]; then
 fi
 cmake --preset cpu >/dev/null
 cmake --build --preset cpu -j "$jobs"
-bash scripts/gate.sh
 ctest --preset cpu -j "$jobs"
