@@ -13,7 +13,7 @@ if [ ! -f models/smollm2-135m/config.json ]; then
   echo "gate: skipped: models/smollm2-135m is not there; scripts/fetch_model.sh gets it"
   exit 0
 fi
-program=build/cpu/mixlora-bench sweep=experiments/sweeps/gate.json baseline=experiments/sweeps/gate-baseline.json
+program=build/cpu/mixlora-bench sweep=experiments/sweeps/gate.json baseline=reports/gate/gate-baseline.json
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$program" run "$sweep" --db "$work/gate.db" --out "$work/tables" >/dev/null

@@ -67,9 +67,10 @@ TEST_CASE("a damaged table is an error or other rows, never a crash", "[suites][
     std::string bytes = golden(i % 2 == 0 ? "pages.parquet" : "hub.parquet");
     // The footer is where sizes and places stand; half the damage goes there.
     const std::size_t span = i % 4 < 2 ? std::min<std::size_t>(2600, bytes.size()) : bytes.size();
-    const auto v = philox(i, 0, 0, 0, key.k0, key.k1).v;
+    const Philox4 random = philox(i, 0, 0, 0, key.k0, key.k1);
     for (std::size_t n = 0; n < 3; ++n)
-      bytes[bytes.size() - 5 - v[n] % (span - 8)] = static_cast<char>(v[3] >> (8 * n));
+      bytes[bytes.size() - 5 - random.v[n] % (span - 8)] =
+          static_cast<char>(random.v[3] >> (8 * n));
     try {
       read_parquet(bytes, "damaged", kColumns);
     } catch (const InputError&) {
