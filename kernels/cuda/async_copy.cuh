@@ -14,6 +14,12 @@ __device__ inline void fetch16(std::uint32_t to, const void* from, bool there = 
                "r"(there ? 16 : 0)
                : "memory");
 }
+/// The same for four bytes.
+__device__ inline void fetch4(std::uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 4 : 0)
+               : "memory");
+}
 __device__ inline void fetch_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most N of this thread's groups are on their way.
 template <int N> __device__ void fetch_wait() {

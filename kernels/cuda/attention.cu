@@ -274,17 +274,17 @@ __global__ void __launch_bounds__(kThreads, 2) tile_forward(const AttentionCall<
   copy_rows<kQueries, kThreads>(queries, m.query(s.begin + first, head), m.width(),
                                 s.length - first);
   copy_tile<D>(room, m, tiles, 0, kv);
-  commit_copies();
+  fetch_commit();
   float o[2][D / 8][4] = {}, top[2][2], total[2][2] = {};
   for (auto& half : top) half[0] = half[1] = -INFINITY;
   const float to_log2 = m.root * kLog2E;
 
   for (int t = 0; t < tiles.count; ++t) {
-    wait_copies<0>();
+    fetch_wait<0>();
     __syncthreads();  // tile t is here, and the other half of the room is free
     if (t + 1 < tiles.count) {
       copy_tile<D>(room, m, tiles, t + 1, kv);
-      commit_copies();
+      fetch_commit();
     }
     if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
       continue;
@@ -393,8 +393,8 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
   copy_rows<kQueries, kThreads>(d_out, m.d_o + at * D, static_cast<Index>(m.heads) * D,
                                 s.length - first);
   copy_tile<D>(room, m, tiles, 0, kv);
-  commit_copies();
-  wait_copies<0>();
+  fetch_commit();
+  fetch_wait<0>();
   __syncthreads();
 
   float lse[4] = {}, mean[4] = {};  // rows 8 r + lane / 4
@@ -429,12 +429,12 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_query(const AttentionCall<
   const float to_log2 = m.root * kLog2E;
   for (int t = 0; t < tiles.count; ++t) {
     if (t > 0) {
-      wait_copies<0>();
+      fetch_wait<0>();
       __syncthreads();
     }
     if (t + 1 < tiles.count) {
       copy_tile<D>(room, m, tiles, t + 1, kv);
-      commit_copies();
+      fetch_commit();
     }
     if (first + row0 >= s.length || tiles.visible(t, first + row0 + kWarpQueries - 1) <= 0)
       continue;
@@ -557,10 +557,10 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_key_value(const AttentionC
     if (static_cast<int>(threadIdx.x) < 2 * kMetQueries) {
       const float* from = static_cast<int>(threadIdx.x) < kMetQueries ? m.lse : m.mean;
       const bool there = r < q.count();
-      copy4(row_room + turn * 2 * kMetQueries + threadIdx.x,
-            from + pair + static_cast<Index>(there ? r : 0) * m.heads, there);
+      fetch4(shared_address(row_room + turn * 2 * kMetQueries + threadIdx.x),
+             from + pair + static_cast<Index>(there ? r : 0) * m.heads, there);
     }
-    commit_copies();
+    fetch_commit();
   };
   QueryTiles now{own,
                  first,
@@ -581,7 +581,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_d_key_value(const AttentionC
     const bool causal = now.t == own;
     const int i = now.i, from = now.from, to = now.to;
     now.advance(m.table);
-    wait_copies<0>();
+    fetch_wait<0>();
     __syncthreads();  // this tile is here, and the other half of the room is free
     if (now.valid()) fetch(now, turn ^ 1);
     // Nothing here sees the warp's keys.

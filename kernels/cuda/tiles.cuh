@@ -1,40 +1,9 @@
-// Tiles of rows in shared memory: asynchronous copies into them, the tensor core's operands out of
-// them.
+// Tiles of rows in shared memory: how they are filled, the tensor core's operands out of them.
 #pragma once
+#include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/tensor_core.cuh"
 
 namespace mixlora::cuda {
-
-__device__ inline unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-/// Starts copying 16 bytes, or writes zeros where nothing is `there`; both addresses by 16.
-__device__ inline void copy16(void* shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(there ? 16 : 0));
-}
-/// The same for 4 bytes.
-__device__ inline void copy4(void* shared, const void* global, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(there ? 4 : 0));
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-/// Waits until at most N of this thread's committed groups are on their way.
-template <int N> __device__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-/// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ inline void load_matrices(unsigned (&x)[4], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row)));
-}
-__device__ inline void load_matrices_transposed(unsigned (&x)[4], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row)));
-}
 
 /// 2^x by the special function unit, 2 ulp; results below 2^-126 are zero.
 __device__ inline float power_of_two(float x) {
@@ -65,7 +34,7 @@ __device__ void copy_rows(TileRows<D> to, const __nv_bfloat16* first, Index stri
 #pragma unroll
   for (int i = 0; i < Size / kStep; ++i) {
     const bool there = row + i * kStep < count;
-    copy16(at + i * kStep * TileRows<D>::kStride, there ? from : first, there);
+    fetch16(shared_address(at + i * kStep * TileRows<D>::kStride), there ? from : first, there);
     from += kStep * stride;
   }
 }
@@ -73,20 +42,22 @@ __device__ void copy_rows(TileRows<D> to, const __nv_bfloat16* first, Index stri
 /// A operand: rows [r, r+16) and columns [c, c+16).
 template <int D>
 __device__ void load_as_a(unsigned (&x)[4], TileRows<D> rows, int r, int c, int lane) {
-  load_matrices(x, rows.at + (r + lane % 16) * TileRows<D>::kStride + c + lane / 16 * 8);
+  read_matrices(
+      x, shared_address(rows.at + (r + lane % 16) * TileRows<D>::kStride + c + lane / 16 * 8));
 }
 /// Two B operands of x = rows^T: inner dimension the columns [c, c+16), outer the rows [r, r+8) in
 /// x[0], x[1] and [r+8, r+16) in x[2], x[3].
 template <int D>
 __device__ void load_as_bt(unsigned (&x)[4], TileRows<D> rows, int r, int c, int lane) {
-  load_matrices(
-      x, rows.at + (r + lane % 8 + lane / 16 * 8) * TileRows<D>::kStride + c + lane / 8 % 2 * 8);
+  read_matrices(x, shared_address(rows.at + (r + lane % 8 + lane / 16 * 8) * TileRows<D>::kStride +
+                                  c + lane / 8 % 2 * 8));
 }
 /// Two B operands of x = rows: inner dimension the rows [r, r+16), outer the columns [c, c+8) and
 /// [c+8, c+16).
 template <int D>
 __device__ void load_as_b(unsigned (&x)[4], TileRows<D> rows, int r, int c, int lane) {
-  load_matrices_transposed(x, rows.at + (r + lane % 16) * TileRows<D>::kStride + c + lane / 16 * 8);
+  read_matrices_trans(
+      x, shared_address(rows.at + (r + lane % 16) * TileRows<D>::kStride + c + lane / 16 * 8));
 }
 
 /// Two neighbouring 16x8 tiles c += a b, b as load_as_bt and load_as_b give it.
