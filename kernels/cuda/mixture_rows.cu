@@ -90,19 +90,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
         fetch16(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
                 m.d_out + (d_out[k][h] + f0));
     }
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int column = expert[k] * width + f0;
-      if constexpr (Factors) {
-        const std::uint32_t to = at + static_cast<std::uint32_t>(S::kFactors + 3 * k * S::kTile);
-        if (m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
-        if (m.up_b != nullptr) fetch_factor<C>(to + S::kTile, m.up_b + column * rank, rank, lane);
-        if (down) fetch_factor<C>(to + 2 * S::kTile, room.down_t + column * rank, rank, lane);
-      }
-      if constexpr (Scaled)
-        fetch_scales(at + static_cast<std::uint32_t>(S::kScales + k * kScaleBytes), m, column,
-                     lane);
-    }
+    fetch_slots<S, C, K, Scaled, Factors>(at, m, room, expert, f0, down, lane);
   };
 
   const ColumnRange range =

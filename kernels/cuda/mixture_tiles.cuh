@@ -82,6 +82,26 @@ __device__ inline void fetch_scales(std::uint32_t to, const TileCall& m, Index a
   if (lane < 16 && from != nullptr)
     fetch16(to + static_cast<std::uint32_t>(16 * lane), from + at + 4 * (lane % 8));
 }
+/// The factors and scales of each slot's expert, columns f0 .. f0 + 31, into the stage at `at`.
+template <class Stage, int C, int K, bool Scaled, bool Factors>
+__device__ void fetch_slots(std::uint32_t at, const TileCall& m, const TileRoom& room,
+                            const int (&expert)[K], int f0, bool down, int lane) {
+  const int rank = m.rank;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const int column = expert[k] * static_cast<int>(m.width) + f0;
+    if constexpr (Factors) {
+      const std::uint32_t to =
+          at + static_cast<std::uint32_t>(Stage::kFactors + 3 * k * Stage::kTile);
+      if (m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
+      if (m.up_b != nullptr) fetch_factor<C>(to + Stage::kTile, m.up_b + column * rank, rank, lane);
+      if (down) fetch_factor<C>(to + 2 * Stage::kTile, room.down_t + column * rank, rank, lane);
+    }
+    if constexpr (Scaled)
+      fetch_scales(at + static_cast<std::uint32_t>(Stage::kScales + k * kScaleBytes), m, column,
+                   lane);
+  }
+}
 __device__ inline void read_scales(float (&s1)[4], float (&s3)[4], const std::byte* from,
                                    const TileCall& m, bool there, int column) {
   const auto* gate = reinterpret_cast<const float*>(from);
