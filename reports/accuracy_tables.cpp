@@ -1,10 +1,8 @@
-// Tables of accuracy: scores, their intervals, seeds, and tests against one configuration.
+// Tables of accuracy: scores, their intervals, seeds.
 #include <algorithm>
 #include <cmath>
 #include <set>
 
-#include "engine/error.h"
-#include "reports/paired.h"
 #include "reports/published.h"
 #include "reports/report.h"
 
@@ -209,41 +207,6 @@ Tables seed_tables(const Study& study, const ReportOptions& options) {
                     " sd is one seed's; the {:.0f} % t interval is of the mean over seeds "
                     "on these very questions.",
                     100 * options.certainty.confidence);
-    if (!t.rows.empty()) out.push_back(std::move(t));
-  }
-  return out;
-}
-
-Tables paired_tables(const Study& study, const ReportOptions& options) {
-  const auto all = configurations(study);
-  const Configuration* reference = nullptr;
-  for (const Configuration& c : all)
-    if (reference == nullptr &&
-        (options.reference.empty() ? !c.first().is_base() : c.label == options.reference))
-      reference = &c;
-  if (reference == nullptr && !options.reference.empty()) {
-    std::string labels;
-    for (const Configuration& c : all) labels += (labels.empty() ? "\"" : ", \"") + c.label + "\"";
-    fail("no trial \"{}\" to compare with; expected one of {}", options.reference, labels);
-  }
-  Tables out;
-  if (reference == nullptr) return out;
-  for (const Variant& v : variants(study)) {
-    Table t;
-    t.name = variant_name("paired", study, v);
-    t.title = "Against " + reference->label;
-    for (const Configuration& c : all) {
-      if (&c == reference) continue;
-      const Comparison comparison = compare(*reference, c, v, options.certainty);
-      for (TableRow& row : paired_rows(comparison)) {
-        row.cells.insert(row.cells.begin(), Cell(c.label));
-        t.rows.push_back(std::move(row));
-      }
-    }
-    t.columns = paired_columns();
-    t.words = paired_words();
-    t.columns.insert(t.columns.begin(), "trial");
-    t.caption = protocol_text(all, v) + paired_caption(options.certainty);
     if (!t.rows.empty()) out.push_back(std::move(t));
   }
   return out;

@@ -89,14 +89,21 @@ void decide(PairedScore& s, const Certainty& c) {
 
 Comparison compare(const Configuration& a, const Configuration& b, const Variant& v,
                    const Certainty& certainty) {
-  Comparison out;
-  std::vector<Grid> grids_a, grids_b;
   std::set<std::string> suites;
   for (const StudyScore& s : a.first().scores)
     if (s.protocol == v.protocol && s.metric == v.metric) suites.insert(s.suite);
-  for (const auto& suite : in_order(suites)) {
-    const auto one = summarise(a, suite, v, certainty.confidence),
-               other = summarise(b, suite, v, certainty.confidence);
+  std::vector<Match> matches;
+  for (const auto& suite : in_order(suites)) matches.push_back({suite, &a, &b});
+  return compare(matches, v, certainty);
+}
+
+Comparison compare(const std::vector<Match>& matches, const Variant& v,
+                   const Certainty& certainty) {
+  Comparison out;
+  std::vector<Grid> grids_a, grids_b;
+  for (const auto& [suite, a, b] : matches) {
+    const auto one = summarise(*a, suite, v, certainty.confidence),
+               other = summarise(*b, suite, v, certainty.confidence);
     if (!one || !other) continue;
     Grid ga = grid_of(*one), gb = grid_of(*other);
     if (ga.empty() || gb.empty() || one->scores.front()->items != other->scores.front()->items) {

@@ -28,6 +28,16 @@ struct Comparison {
   std::vector<std::string> unpaired;  // suites of both whose questions differ or were not kept
 };
 
+/// A suite that both have scored.
+struct Match {
+  std::string suite;
+  const Configuration* a;
+  const Configuration* b;
+};
+/// One comparison: Holm's correction and the average are over all its suites, whichever trainings
+/// they come from. (Seeds that serve one suite each count as if they served all: the averages of
+/// seed 1, seed 2, ... are independent draws in both cases.)
+Comparison compare(const std::vector<Match>& matches, const Variant& v, const Certainty& certainty);
 Comparison compare(const Configuration& a, const Configuration& b, const Variant& v,
                    const Certainty& certainty);
 

@@ -100,10 +100,13 @@ std::string protocol_text(const std::vector<Configuration>& configurations, cons
     return fmt::format("{} rows limited to {} (0: all)", of, joined(list));
   };
   std::string text = fmt::format("Model {}. Protocol {}, metric {}", model, v.protocol, v.metric);
-  if (values.count("shots") == 0) text += ", zero-shot";
+  const auto& shots = values["few_shot"];
+  text += shots.empty() || shots == std::vector<std::string>{"0"}
+              ? ", zero-shot"
+              : fmt::format(", {}-shot", joined(shots));
   text += ", " + rows(values["limit"], "test");
   for (const auto& key : keys) {
-    if (key == "limit") continue;
+    if (key == "limit" || key == "few_shot") continue;
     text += key == "cutoff_len" ? fmt::format(", prompts to {} tokens", joined(values[key]))
                                 : fmt::format(", {} {}", key, joined(values[key]));
   }

@@ -70,8 +70,9 @@ void add_report_command(CLI::App& app, int& exit_code) {
   command->add_option("--out", o->out, "also write every table as .md, .csv, .tex, .json here");
   command->add_option("--html", o->html, "also write one page with all tables and charts");
   command->add_option("--sweep", o->sweep, "the last sweep with this name");
-  command->add_option("--against", o->report.reference,
-                      "the trial that others are tested against (default: the first trained)");
+  command->add_option(
+      "--against", o->report.reference,
+      "the trial or method that others are tested against (default: the first trained)");
   command->add_flag("--list", o->list, "say which tables there are");
   add_certainty_options(*command, o->report.certainty);
   command->callback([=, &exit_code] { exit_code = report(*o); });

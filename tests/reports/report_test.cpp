@@ -167,6 +167,63 @@ TEST_CASE("a better and a worse method get their verdict, an equal one by its bi
   REQUIRE_THROWS_AS(paired_tables(read_study(store.db(), 1), other), InputError);
 }
 
+TEST_CASE("a caption says protocol, metric, limits, shots and seeds", "[reports]") {
+  StudyStore store("s", {"shots", "seed"});
+  for (const int seed : {3, 4}) {
+    const auto a =
+        store.trial({{"seed", std::to_string(seed)}},
+                    {{"train", {{"tasks", {"piqa"}}, {"seed", seed}, {"limit", 300}}},
+                     {"evaluate", {{"suites", {"piqa"}}, {"limit", 50}, {"few_shot", 5}}}});
+    store.score(a, "piqa", 50, 2, [](std::int64_t i) { return i < 30; });
+  }
+  const Study study = read_study(store.db(), 1);
+  for (const auto& tables : {accuracy_tables(study, {}), interval_tables(study, {}),
+                             seed_tables(study, {}), single_task_tables(study, {})})
+    REQUIRE_THAT(tables.at(0).caption,
+                 Catch::Matchers::StartsWith(
+                     "Model models/tiny-7b. Protocol label-token, metric acc, 5-shot, test rows "
+                     "limited to 50 (0: all), prompts to 512 tokens, training rows limited to 300 "
+                     "(0: all). Seeds 3, 4."));
+}
+
+TEST_CASE("with an adapter a suite, methods meet suite by suite and Holm's correction holds all",
+          "[reports]") {
+  StudyStore store("s", {"suite", "method"});
+  // Of 100 questions MixLoRA wins so many that LoRA misses, and loses none.
+  for (const auto& [suite, won] : {std::pair{"arc-e", 7}, {"boolq", 3}, {"piqa", 10}})
+    for (const char* label : {"base model", "LoRA", "MixLoRA"}) {
+      const std::string method = label;
+      const auto a = store.trial({{"suite", suite}, {"method", label}},
+                                 {{"adapter",
+                                   {{"method", method == "base model" ? "base" : "lora"},
+                                    {"r", method == "MixLoRA" ? 8 : 16}}},
+                                  {"train", {{"tasks", {suite}}}},
+                                  {"evaluate", {{"suites", {suite}}}}});
+      const int right = method == "base model" ? 20 : method == "LoRA" ? 50 : 50 + won;
+      store.score(a, suite, 100, 2, [right](std::int64_t i) { return i < right; });
+    }
+  const Study study = read_study(store.db(), 1);
+  const Table t = paired_tables(study, {}).at(0);
+  const std::string found = texts(t);
+  INFO(found);
+  REQUIRE(t.title == "Against LoRA, suite by suite");
+  REQUIRE(t.rows.size() == 8);  // two methods, three suites and their average
+  const auto has = [&](const std::string& line) { REQUIRE(found.find(line) != std::string::npos); };
+  // Exact p: 2 / 2^7, 2 / 2^3, 2 / 2^10; Holm: x 2, x 1, x 3.
+  has("MixLoRA|ARC-e|100|50.0|57.0|+7.0|");
+  has("0 / 7|0.0156|0.0312|McNemar|better|");
+  has("0 / 3|0.2500|0.2500|McNemar|not enough data|");
+  has("0 / 10|0.0020|0.0059|McNemar|better|");
+  has("MixLoRA|AVG|300|50.0|56.7|+6.7|");
+  has("base model|PIQA|100|50.0|20.0|-30.0|");
+  // One trial as the reference: its suite alone. A method by its name: as unasked.
+  ReportOptions one;
+  one.reference = "boolq / LoRA";
+  REQUIRE(paired_tables(study, one).at(0).rows.size() == 2);
+  one.reference = "MixLoRA";
+  REQUIRE(paired_tables(study, one).at(0).title == "Against MixLoRA, suite by suite");
+}
+
 TEST_CASE("a sweep may ask for every table there is, and no other", "[reports]") {
   std::vector<std::string> names;
   for (const TableKind& k : table_kinds()) names.emplace_back(k.name);
