@@ -51,6 +51,16 @@ Json tick_list(const Scale& s, const std::vector<double>& at) {
   return out;
 }
 
+/// A label of at most `most` characters.
+std::string shortened(const std::string& label, std::size_t most) {
+  const auto starts = [](char c) { return (static_cast<unsigned char>(c) & 0xC0U) != 0x80U; };
+  if (static_cast<std::size_t>(std::count_if(label.begin(), label.end(), starts)) <= most)
+    return label;
+  std::size_t end = 0, characters = 0;
+  while (end < label.size() && (!starts(label[end]) || ++characters < most)) ++end;
+  return label.substr(0, end) + "…";
+}
+
 Json frame(double height) {
   return {{"width", px(kWidth)},
           {"height", px(height)},
@@ -85,12 +95,14 @@ Json plane(const Chart& c) {
   out["x_ticks"] = tick_list(sx, ticks(x.low, x.high, kTicks));
   out["y_ticks"] = tick_list(sy, ticks(y.low, y.high, kTicks));
   Json lines = Json::array(), marks = Json::array(), legend = Json::array();
+  std::set<std::string> keys;
   for (std::size_t i = 0; i < c.series.size(); ++i) {
     const Series& s = c.series[i];
     const int place = s.colour > 0 ? s.colour - 1 : static_cast<int>(i);
     const int colour = place % kColours + 1;
     const bool dashed = place / kColours % 2 == 1;
-    legend.push_back({{"label", s.label}, {"colour", colour}, {"dashed", dashed}});
+    if (const std::string key = s.key.empty() ? s.label : s.key; keys.insert(key).second)
+      legend.push_back({{"label", key}, {"colour", colour}, {"dashed", dashed}});
     if (c.form == ChartForm::lines) {
       std::string path;
       for (const Point& p : s.points)
@@ -114,7 +126,7 @@ Json plane(const Chart& c) {
 
 /// One row a point, a group of rows a series.
 Json ranges(const Chart& c) {
-  constexpr double kRow = 18, kHead = 24, kLabels = 200;
+  constexpr double kRow = 20, kHead = 26, kLabels = 216;
   Range x;
   double height = kTop + kBottom;
   for (const Series& s : c.series) {
@@ -138,13 +150,11 @@ Json ranges(const Chart& c) {
     at += kHead;
     for (std::size_t i = 0; i < s.points.size(); ++i, at += kRow) {
       const Point& p = s.points[i];
-      constexpr std::size_t kLongest = 30;
-      const std::string label =
-          p.label.size() > kLongest ? p.label.substr(0, kLongest - 2) + "…" : p.label;
+      constexpr std::size_t kLongest = 22;  // in the large letters of a narrow screen too
       rows.push_back(
           {{"y", px(at + kRow / 2)},
            {"text_y", px(at + kRow / 2 + 4)},
-           {"label", label},
+           {"label", shortened(p.label, kLongest)},
            {"x", px(sx(p.x))},
            {"low", px(sx(p.low))},
            {"high", px(sx(p.high))},
@@ -169,6 +179,7 @@ Json heat(const Chart& c) {
   const double cell = std::min(20.0, (kWidth - kLeft - kRight) / columns), row = 12;
   const double height = kTop + rows * row + kBottom;
   Json out = frame(height);
+  out["width"] = px(kLeft + columns * cell + kRight);
   out["right"] = px(kLeft + columns * cell);
   out["middle_x"] = px(kLeft + columns * cell / 2);
   Json cells = Json::array(), x_ticks = Json::array(), y_ticks = Json::array();

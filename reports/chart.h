@@ -12,12 +12,13 @@ struct Point {
   double x = 0, y = 0;
   double low = 0, high = 0;  // an interval; equal: none
   std::string label;
-  int colour = 0;  // 1 ...: of a configuration, the same in every chart; 0: by position
+  int colour = 0;  // 1 ...: of a method, the same in every chart; 0: by position
 };
 struct Series {
   std::string label;
   std::vector<Point> points;
   int colour = 0;
+  std::string key = {};  // in the legend, once for all series that share it; empty: the label
 };
 
 enum class ChartForm : std::uint8_t { lines, points, ranges, heat };

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include <fmt/format.h>
@@ -40,20 +41,26 @@ std::optional<double> loss_at(const Configuration& c, double place) {
   return n == 0 ? std::nullopt : std::optional(sum / n);
 }
 
-/// A configuration's colour: its place in the study.
-int colour_of(const std::vector<Configuration>& all, const std::string& label) {
-  for (std::size_t i = 0; i < all.size(); ++i)
-    if (all[i].label == label) return static_cast<int>(i) + 1;
-  return 0;
+/// A configuration's method: its place in the study is the colour.
+struct Hue {
+  int colour = 0;
+  std::string method;
+};
+Hue hue_of(const std::vector<Kin>& methods, const std::string& label) {
+  for (std::size_t i = 0; i < methods.size(); ++i)
+    for (const Configuration* c : methods[i].members)
+      if (c->label == label) return {static_cast<int>(i) + 1, methods[i].label};
+  return {};
 }
 
-Chart learning_chart(const std::vector<Configuration>& all) {
+Chart learning_chart(const std::vector<Configuration>& all, const std::vector<Kin>& methods) {
   constexpr int kPlaces = 60;
   Chart chart{"learning-curves", "Learning curves",
               "Training loss (nats a token), mean over seeds and a twentieth of the steps.",
               "share of the run (%)", "loss"};
   for (const Configuration& c : all) {
-    Series s{c.label, {}, colour_of(all, c.label)};
+    const Hue hue = hue_of(methods, c.label);
+    Series s{c.label, {}, hue.colour, hue.method};
     for (int i = 0; i <= kPlaces; ++i) {
       const double place = static_cast<double>(i) / kPlaces;
       if (const auto loss = loss_at(c, place)) s.points.push_back({100 * place, *loss, 0, 0, ""});
@@ -64,8 +71,7 @@ Chart learning_chart(const std::vector<Configuration>& all) {
 }
 
 Chart trade_off_chart(const char* name, const char* title, const char* x_label,
-                      const std::vector<Configuration>& configurations,
-                      const std::vector<TradeOff>& all) {
+                      const std::vector<Kin>& methods, const std::vector<TradeOff>& all) {
   Chart chart{name,
               title,
               "Mean over suites with its interval; lower left to upper right is what "
@@ -73,25 +79,37 @@ Chart trade_off_chart(const char* name, const char* title, const char* x_label,
               x_label,
               "accuracy (%)",
               ChartForm::points};
-  for (const TradeOff& t : all)
+  for (const TradeOff& t : all) {
+    const Hue hue = hue_of(methods, t.configuration.label);
     chart.series.push_back({t.configuration.label,
                             {{t.cost, 100 * t.level.mean, 100 * t.level.interval.low,
                               100 * t.level.interval.high, t.configuration.label}},
-                            colour_of(configurations, t.configuration.label)});
+                            hue.colour,
+                            hue.method});
+  }
   return chart;
 }
 
-/// Mean accuracy of each configuration with its interval, one row each.
-Chart accuracy_chart(const Study& study, const Variant& v, double confidence) {
+/// Mean accuracy of each configuration with its interval, one row each; under a suite that each
+/// method was asked once, a row goes by its method.
+Chart accuracy_chart(const Study& study, const std::vector<Kin>& methods, const Variant& v,
+                     double confidence) {
   Chart chart{"accuracy", "Accuracy with intervals", "", "accuracy (%)", "", ChartForm::ranges};
   const auto suites = suites_of(study);
   const auto all = configurations(study);
   for (const auto& suite : suites) {
     Series s{column_of(suite), {}};
+    std::set<std::string> seen;
+    bool once = true;
     for (const Configuration& c : all)
-      if (const auto score = summarise(c, suite, v, confidence))
+      if (const auto score = summarise(c, suite, v, confidence)) {
+        const Hue hue = hue_of(methods, c.label);
+        once = seen.insert(hue.method).second && once;
         s.points.push_back({100 * score->level.mean, 0, 100 * score->interval.low,
-                            100 * score->interval.high, c.label, colour_of(all, c.label)});
+                            100 * score->interval.high, c.label, hue.colour});
+      }
+    if (once)
+      for (Point& p : s.points) p.label = hue_of(methods, p.label).method;
     if (!s.points.empty()) chart.series.push_back(std::move(s));
   }
   chart.caption =
@@ -152,17 +170,18 @@ Tables curve_tables(const Study& study, const ReportOptions& /*options*/) {
 std::vector<Chart> build_charts(const Study& study, const ReportOptions& options) {
   std::vector<Chart> out;
   const auto all = configurations(study);
+  const auto methods = kin_of(study, all);
   const auto confidence = options.certainty.confidence;
   if (const auto v = variants(study); !v.empty()) {
-    out.push_back(accuracy_chart(study, v.front(), confidence));
+    out.push_back(accuracy_chart(study, methods, v.front(), confidence));
     for (const auto& [name, title, x, cost] :
          {std::tuple{"accuracy-memory", "Accuracy against memory", "peak MiB", &peak_mib},
           std::tuple{"accuracy-time", "Accuracy against time", "training ms a token",
                      &ms_per_token}})
       if (const auto points = trade_offs(study, v.front(), confidence, cost); points.size() > 1)
-        out.push_back(trade_off_chart(name, title, x, all, points));
+        out.push_back(trade_off_chart(name, title, x, methods, points));
   }
-  if (Chart c = learning_chart(all); !c.series.empty()) out.push_back(std::move(c));
+  if (Chart c = learning_chart(all, methods); !c.series.empty()) out.push_back(std::move(c));
   for (const Configuration& c : all)
     if (!c.first().loads.empty()) out.push_back(load_chart(c));
   return out;

@@ -42,17 +42,23 @@ Json table_values(const Table& t) {
 }  // namespace
 
 std::string render_page(const Study& study, const ReportOptions& options) {
-  Json tables = Json::array(), charts = Json::array();
+  Json tables = Json::array(), charts = Json::array(), maps = Json::array(), links = Json::array();
   for (const TableKind& kind : table_kinds())
     for (const Table& t : kind.build(study, options)) tables.push_back(table_values(t));
   int number = 0;
   for (const Chart& c : build_charts(study, options)) {
-    charts.push_back(geometry(c));
-    charts.back()["id"] = fmt::format("figure-{}", ++number);
-    for (const char* part : {"lines", "marks", "legend", "groups", "cells"})
-      if (!charts.back().contains(part)) charts.back()[part] = Json::array();
-    if (!charts.back().contains("y_ticks")) charts.back()["y_ticks"] = Json::array();
+    Json& chart = (c.form == ChartForm::heat ? maps : charts).emplace_back(geometry(c));
+    chart["id"] = fmt::format("figure-{}", ++number);
+    for (const char* part : {"lines", "marks", "legend", "groups", "cells", "y_ticks"})
+      if (!chart.contains(part)) chart[part] = Json::array();
   }
+  for (const Json& t : tables) links.push_back({{"to", t["name"]}, {"text", t["title"]}});
+  for (const Json& c : charts)
+    links.push_back({{"to", c["id"]}, {"text", c["title"].get<std::string>() + " (figure)"}});
+  if (!maps.empty())
+    links.push_back({{"to", maps[0]["id"]},
+                     {"text", fmt::format("Expert load by layer ({} figure{})", maps.size(),
+                                          maps.size() == 1 ? "" : "s")}});
   std::set<std::string> devices;
   std::int64_t done = 0;
   for (const StudyTrial& t : study.trials) {
@@ -69,6 +75,8 @@ std::string render_page(const Study& study, const ReportOptions& options) {
                        {"trials", study.trials.size()},
                        {"tables", tables},
                        {"charts", charts},
+                       {"maps", maps},
+                       {"links", links},
                        {"style", std::string(embedded("html/style.css"))},
                        {"script", std::string(embedded("html/script.js"))}};
   return fill(embedded("html/page.html"), values,

@@ -9,41 +9,20 @@
 namespace mixlora {
 namespace {
 
-bool has(const Configuration& c, const StudyTrial* t) {
-  return std::find(c.trials.begin(), c.trials.end(), t) != c.trials.end();
-}
-
-/// A method: the configurations that differ in what they were trained on and asked, "LoRA".
-struct Method {
-  std::string label;
-  std::vector<const Configuration*> members;
-};
-
-std::vector<Method> methods_of(const Study& study, const std::vector<Configuration>& all) {
-  std::vector<Method> out;
-  for (const Configuration& whole :
-       group_by_spec(study, {"/train/seed", "/train/tasks", "/evaluate/suites"})) {
-    Method& m = out.emplace_back(Method{whole.label, {}});
-    for (const Configuration& c : all)
-      if (has(whole, &c.first())) m.members.push_back(&c);
-  }
-  return out;
-}
-
 /// What the table is against: a method, each of whose configurations serves its own suites, or one
 /// configuration (`method` null).
 struct Reference {
   const Configuration* configuration = nullptr;
-  const Method* method = nullptr;
+  const Kin* method = nullptr;
 };
 
-Reference reference_of(const std::vector<Configuration>& all, const std::vector<Method>& methods,
+Reference reference_of(const std::vector<Configuration>& all, const std::vector<Kin>& methods,
                        const std::string& name) {
   Reference out;
   for (const Configuration& c : all)
     if (out.configuration == nullptr && (name.empty() ? !c.first().is_base() : c.label == name))
       out.configuration = &c;
-  for (const Method& m : methods) {
+  for (const Kin& m : methods) {
     const bool own =
         std::find(m.members.begin(), m.members.end(), out.configuration) != m.members.end();
     // Alone, a method has only its own configurations to be held against.
@@ -56,14 +35,14 @@ Reference reference_of(const std::vector<Configuration>& all, const std::vector<
   const auto add = [&](const std::string& label) {
     if (said.insert(label).second) labels += (labels.empty() ? "\"" : ", \"") + label + "\"";
   };
-  for (const Method& m : methods) add(m.label);
+  for (const Kin& m : methods) add(m.label);
   for (const Configuration& c : all) add(c.label);
   fail("no trial \"{}\" to compare with; expected one of {}", name, labels);
 }
 
 /// The suites of c beside the reference's configuration that scored them, one that was trained on
 /// the same tasks where there is one.
-std::vector<Match> matches_of(const Configuration& c, const Method& reference, const Variant& v) {
+std::vector<Match> matches_of(const Configuration& c, const Kin& reference, const Variant& v) {
   std::vector<Match> out;
   std::set<std::string> suites;
   for (const StudyTrial* t : c.trials)
@@ -91,7 +70,7 @@ void add_rows(Table& t, const std::string& label, const Comparison& comparison) 
 }
 
 /// A method's suites make one comparison, whether one training was asked them all or each its own.
-void add_method(Table& t, const Method& m, const Method& reference, const Variant& v,
+void add_method(Table& t, const Kin& m, const Kin& reference, const Variant& v,
                 const Certainty& certainty) {
   std::vector<std::vector<Match>> each;
   std::vector<Match> together;
@@ -114,15 +93,14 @@ void add_method(Table& t, const Method& m, const Method& reference, const Varian
     return std::find(order.begin(), order.end(), a.suite) <
            std::find(order.begin(), order.end(), b.suite);
   });
-  add_rows(t, m.members.size() == 1 ? m.members.front()->label : m.label,
-           compare(together, v, certainty));
+  add_rows(t, m.label, compare(together, v, certainty));
 }
 
 }  // namespace
 
 Tables paired_tables(const Study& study, const ReportOptions& options) {
   const auto all = configurations(study);
-  const auto methods = methods_of(study, all);
+  const auto methods = kin_of(study, all);
   const Reference reference = reference_of(all, methods, options.reference);
   Tables out;
   if (reference.configuration == nullptr) return out;
@@ -133,7 +111,7 @@ Tables paired_tables(const Study& study, const ReportOptions& options) {
     t.title = "Against " + (several ? reference.method->label + ", suite by suite"
                                     : reference.configuration->label);
     if (reference.method != nullptr)
-      for (const Method& m : methods) add_method(t, m, *reference.method, v, options.certainty);
+      for (const Kin& m : methods) add_method(t, m, *reference.method, v, options.certainty);
     else
       for (const Configuration& c : all)
         if (&c != reference.configuration)

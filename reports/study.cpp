@@ -230,6 +230,19 @@ std::vector<Configuration> configurations(const Study& study) {
   return group_by_spec(study, {"/train/seed"});
 }
 
+std::vector<Kin> kin_of(const Study& study, const std::vector<Configuration>& all) {
+  std::vector<Kin> out;
+  for (const Configuration& whole :
+       group_by_spec(study, {"/train/seed", "/train/tasks", "/evaluate/suites"})) {
+    Kin& m = out.emplace_back(Kin{whole.label, {}});
+    for (const Configuration& c : all)
+      if (std::find(whole.trials.begin(), whole.trials.end(), &c.first()) != whole.trials.end())
+        m.members.push_back(&c);
+    if (m.members.size() == 1) m.label = m.members.front()->label;
+  }
+  return out;
+}
+
 std::vector<Variant> variants(const Study& study) {
   std::vector<Variant> out;
   for (const StudyTrial& t : study.trials)

@@ -82,6 +82,14 @@ std::vector<Configuration> configurations(const Study& study);
 std::vector<Configuration> group_by_spec(const Study& study,
                                          const std::vector<std::string>& without);
 
+/// Configurations that differ in what they were trained on and asked alone: "LoRA".
+struct Kin {
+  std::string label;
+  std::vector<const Configuration*> members;
+};
+/// The methods of a study's configurations, which must outlive them.
+std::vector<Kin> kin_of(const Study& study, const std::vector<Configuration>& all);
+
 /// A way of scoring that a study used: its tables do not mix two.
 struct Variant {
   std::string protocol, metric;

@@ -32,6 +32,9 @@ TEST_CASE("the page holds every table and chart and asks nothing of the network"
                 count(page, std::string("<") + element + ">") ==
             count(page, std::string("</") + element + ">"));
   REQUIRE(count(page, "aria-sort=\"none\"><button") + count(page, "class=\"number\"><button") > 50);
+  // One entry of the contents for all the maps of expert load, however many there are.
+  REQUIRE(count(page, "<li><a href=\"#figure-") == 5);
+  REQUIRE(count(page, "Expert load by layer (4 figures)</a>") == 1);
   REQUIRE(page.find("NaN") == std::string::npos);
   REQUIRE(page.find("{{") == std::string::npos);
 }

@@ -114,6 +114,11 @@ TEST_CASE("collapsed and doubtful runs are warned of", "[reports]") {
   store.score(good, "boolq", 100, 2, [](std::int64_t i) { return i < 90; });
   store.score(good, "piqa", 50, 2, [](std::int64_t i) { return i < 45; });
   store.steps(good, 50, fine, ms);
+  const auto majority = trial("majority", 6);
+  store.score(majority, "boolq", 100, 2, [](std::int64_t i) { return i < 71; });
+  store.score(majority, "piqa", 50, 2, [](std::int64_t i) { return i < 5; });
+  store.steps(
+      majority, 50, [](std::int64_t i) { return 1 + static_cast<double>(i % 2) / 100; }, ms);
   store.trial({{"method", "late"}}, {{"train", {{"lr", 5}}}}, "out_of_memory", "needs 30 GiB");
 
   const std::string found = texts(warning_tables(read_study(store.db(), 1), {}).at(0));
@@ -128,6 +133,10 @@ TEST_CASE("collapsed and doubtful runs are warned of", "[reports]") {
   has("chance|training|the loss is not a number from step 30|");
   has("rising|training|the loss rises at the end");
   has("rising|BoolQ|asked 90 questions; \"constant\" was asked 100: not comparable|");
+  has("majority|BoolQ|71.0 % is within 2 standard errors of always giving the commonest answer "
+      "(70.0 %)|");
+  has("majority|PIQA|10.0 % is below chance (50.0 %)|");
+  has("majority|training|the loss did not fall: ");
   has("late|run|out_of_memory: needs 30 GiB|");
   REQUIRE(found.find("good|") == std::string::npos);
 }

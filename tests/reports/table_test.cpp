@@ -60,6 +60,25 @@ TEST_CASE("a template fills values, lists, conditions and partials", "[reports]"
   REQUIRE_THROWS_AS(fill("{{#list}}", v, files), std::logic_error);
 }
 
+TEST_CASE("a legend names what series share once; long labels are cut between characters",
+          "[reports]") {
+  Chart lines{"l", "", "", "", "", ChartForm::lines};
+  lines.series = {{"arc-e / LoRA", {{0, 1, 0, 0, ""}, {1, 2, 0, 0, ""}}, 1, "LoRA"},
+                  {"boolq / LoRA", {{0, 2, 0, 0, ""}, {1, 3, 0, 0, ""}}, 1, "LoRA"},
+                  {"DoRA", {{0, 2, 0, 0, ""}, {1, 3, 0, 0, ""}}, 2}};
+  const auto legend = geometry(lines)["legend"];
+  REQUIRE(legend.size() == 2);
+  REQUIRE(legend[0]["label"] == "LoRA");
+  REQUIRE(legend[1]["label"] == "DoRA");
+  Chart rows{"r", "", "", "", "", ChartForm::ranges};
+  rows.series = {
+      {"suite",
+       {{50, 0, 40, 60, "αβγδεζηθικλμνξοπρστυφχ"}, {50, 0, 40, 60, "αβγδεζηθικλμνξοπρστυφχψ"}}}};
+  const auto drawn = geometry(rows)["groups"][0]["rows"];
+  REQUIRE(drawn[0]["label"] == "αβγδεζηθικλμνξοπρστυφχ");
+  REQUIRE(drawn[1]["label"] == "αβγδεζηθικλμνξοπρστυφ…");
+}
+
 TEST_CASE("ticks are round and inside", "[reports]") {
   REQUIRE(ticks(0, 10, 5) == std::vector<double>{0, 2, 4, 6, 8, 10});
   const auto t = ticks(0.123, 0.187, 6);
