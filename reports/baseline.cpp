@@ -39,6 +39,7 @@ Baseline baseline_of(const Study& study) {
     BaselineTrial& b = out.trials.emplace_back();
     b.label = t.label;
     b.device = t.device;
+    b.processor = t.processor;
     b.spec = t.spec;
     b.ms_per_token = spread(step_times({t.label, {&t}}));
     b.peak_bytes = t.measured("measured_peak_bytes");
@@ -72,6 +73,7 @@ void write_baseline(const Baseline& baseline, const std::filesystem::path& file)
     }
     trials.push_back({{"label", t.label},
                       {"device", t.device},
+                      {"processor", t.processor},
                       {"spec", t.spec},
                       {"scores", scores},
                       {"ms_per_token", t.ms_per_token},
@@ -87,6 +89,9 @@ void write_baseline(const Baseline& baseline, const std::filesystem::path& file)
 
 Baseline read_baseline(const std::filesystem::path& file) {
   const std::string name = file.string();
+  require(std::filesystem::exists(file),
+          "{}: no such baseline; mixlora-bench check --baseline {} --update DB writes it", name,
+          name);
   const Json json = read_json(file);
   require(json.is_object() && json.value("format", Json()) == kFormat,
           "{}: not a baseline; expected a file that check --baseline FILE --update wrote", name);
@@ -100,6 +105,7 @@ Baseline read_baseline(const std::filesystem::path& file) {
     BaselineTrial& t = out.trials.emplace_back();
     t.label = at<std::string>(j, "label", path);
     t.device = at<std::string>(j, "device", path);
+    if (j.contains("processor")) t.processor = at<std::string>(j, "processor", path);
     t.spec = at<Json>(j, "spec", path);
     t.ms_per_token = at<std::vector<double>>(j, "ms_per_token", path);
     if (!at<Json>(j, "peak_bytes", path).is_null())

@@ -18,7 +18,7 @@ struct BaselineScore {
   std::vector<double> right;  // 1 or 0 by item; empty: not kept
 };
 struct BaselineTrial {
-  std::string label, device;
+  std::string label, device, processor;
   Json spec;
   std::vector<BaselineScore> scores;
   std::vector<double> ms_per_token;  // at most kBaselineSteps, spread evenly over the run

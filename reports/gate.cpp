@@ -42,6 +42,10 @@ std::string changes(const Json& before, const Json& after) {
   return out;
 }
 
+std::string named(const std::string& processor) {
+  return processor.empty() ? "an unnamed processor" : processor;
+}
+
 /// An accuracy check whose verdict waits for Holm's correction over all of them.
 struct Pending {
   std::size_t check = 0;
@@ -72,7 +76,12 @@ class Gate {
             fmt::format("measured on {}; the baseline on {}", now->device, before.device));
       return;
     }
-    latency(before, *now);
+    if (before.processor == now->processor)
+      latency(before, *now);
+    else if (!before.ms_per_token.empty())
+      add(before.label, "latency", Outcome::skipped,
+          fmt::format("measured on {}; the baseline on {}", named(now->processor),
+                      named(before.processor)));
     memory(before, *now);
   }
 

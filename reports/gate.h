@@ -32,7 +32,8 @@ struct GateResult {
 
 /// Trials meet by label, so that a changed spec is held against what it was; the change is named.
 /// Accuracy fails when McNemar's p, corrected by Holm over all accuracy checks, is below alpha and
-/// the drop passes the margin. Times and bytes are held against each other on one device only.
+/// the drop passes the margin. Times and bytes are held against each other on one device only,
+/// times on one kind of processor only.
 GateResult run_gate(const Baseline& baseline, const Study& study, const GateOptions& options);
 
 Table gate_table(const GateResult& result, bool only_notable);

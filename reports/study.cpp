@@ -43,8 +43,13 @@ void read_answers(Database& db, std::int64_t attempt, StudyScore& s) {
 }
 
 void read_attempt(Database& db, std::int64_t attempt, StudyTrial& t) {
-  Statement(db, "SELECT device FROM attempt WHERE id = ?")
-      .rows<std::string>([&](std::string d) { t.device = std::move(d); }, attempt);
+  Statement(db, "SELECT device, environment FROM attempt WHERE id = ?")
+      .rows<std::string, std::string>(
+          [&](std::string device, const std::string& environment) {
+            t.device = std::move(device);
+            t.processor = parse_json(environment, "environment of " + t.label).value("cpu", "");
+          },
+          attempt);
   Statement(db,
             "SELECT suite, protocol, metric, value, n, majority, chance, truncated FROM score "
             "WHERE attempt = ?")
@@ -152,8 +157,9 @@ std::int64_t last_sweep(Database& db, const std::string& name) {
         if (name.empty() || own == name) id = v;
         names += (names.empty() ? "" : ", ") + own;
       });
-  require(!names.empty(), "the store holds no sweep yet; mixlora-bench run SWEEP fills it");
-  require(id > 0, "the store holds no sweep \"{}\"; it holds {}", name, names);
+  const std::string file = sqlite3_db_filename(db.raw(), "main");
+  require(!names.empty(), "{}: holds no sweep yet; mixlora-bench run SWEEP fills it", file);
+  require(id > 0, "{}: holds no sweep \"{}\"; it holds {}", file, name, names);
   return id;
 }
 

@@ -41,6 +41,7 @@ struct StudyLoad {
 
 struct StudyTrial {
   std::string label, key, status, reason, device;
+  std::string processor;                      // the CPU's name
   std::map<std::string, std::string> labels;  // by axis
   Json spec;
   std::vector<StudyScore> scores;

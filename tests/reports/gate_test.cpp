@@ -152,6 +152,32 @@ TEST_CASE("another device's times and bytes are not held against ours", "[report
   REQUIRE(r.count(Outcome::skipped) == 2);
 }
 
+TEST_CASE("another processor's times are not held against ours, its bytes are", "[reports][gate]") {
+  Baseline baseline = baseline_of(study_of({}));
+  for (BaselineTrial& t : baseline.trials) t.processor = "another";
+  World slow;
+  slow.slowdown = 3;
+  const GateResult r = run_gate(baseline, study_of(slow), {});
+  REQUIRE(r.passed());
+  REQUIRE(found(r).find("measured on an unnamed processor; the baseline on another") !=
+          std::string::npos);
+  slow.bytes_mib = 110;
+  REQUIRE(failure(run_gate(baseline, study_of(slow), {}), "memory") != nullptr);
+}
+
+TEST_CASE("answers that other rounding changes here and there pass the gate", "[reports][gate]") {
+  Baseline baseline = baseline_of(study_of({}));
+  for (BaselineTrial& t : baseline.trials)
+    for (BaselineScore& s : t.scores) {
+      s.bits = "of another processor";
+      for (const std::size_t i : {3, 57, 120}) s.right[i] = 1 - s.right[i];  // of 200
+    }
+  const GateResult r = run_gate(baseline, study_of({}), {});
+  INFO(found(r));
+  REQUIRE(r.passed());
+  REQUIRE(found(r).find("same bits") == std::string::npos);
+}
+
 TEST_CASE("JUnit and Markdown say what the gate found", "[reports][gate][approval]") {
   const Baseline baseline = baseline_of(study_of({}));
   World w;
