@@ -68,11 +68,11 @@ void add_check_command(CLI::App& app, int& exit_code) {
       ->add_option("--latency-ratio", o->gate.latency_ratio,
                    "median step time over the baseline's that fails, when the test agrees too "
                    "(default 1.25; 0: no latency check)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(0.0, 1e6));
   command
       ->add_option("--memory-ratio", o->gate.memory_ratio,
                    "peak bytes over the baseline's that fail (default 1.02; 0: no memory check)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(0.0, 1e6));
   add_certainty_options(*command, o->gate.certainty);
   command->callback([=, &exit_code] { exit_code = check(*o); });
 }

@@ -36,15 +36,21 @@ int report(const Options& o) {
     for (const TableKind& k : table_kinds()) kinds.push_back(&k);
   Database db = open_store(store_of(o.file));
   const Study study = read_study(db, last_sweep(db, o.sweep));
+  // Everything is made before anything is written, and written before anything is printed.
+  std::vector<Tables> made;
+  for (const TableKind* kind : kinds) made.push_back(kind->build(study, o.report));
+  if (!o.html.empty()) write_text(o.html, render_page(study, o.report));
+  if (!o.out.empty())
+    for (const Tables& tables : made)
+      for (const Table& t : tables) write_table(t, o.out);
   Json all = Json::array();
   bool first = true;
-  for (const TableKind* kind : kinds) {
-    const auto tables = kind->build(study, o.report);
-    if (tables.empty() && !o.only.empty())
+  for (std::size_t i = 0; i < kinds.size(); ++i) {
+    const TableKind* kind = kinds[i];
+    if (made[i].empty() && !o.only.empty())
       fmt::print(stderr, "report: {}: this sweep has nothing for it ({})\n", kind->name,
                  kind->what);
-    for (const Table& t : tables) {
-      if (!o.out.empty()) write_table(t, o.out);
+    for (const Table& t : made[i]) {
       if (o.only.empty() && !kind->brief && format != Format::json) continue;
       if (format == Format::json) {
         all.push_back(to_json(t));
@@ -55,7 +61,6 @@ int report(const Options& o) {
     }
   }
   if (format == Format::json) fmt::print("{}\n", all.dump(1));
-  if (!o.html.empty()) write_text(o.html, render_page(study, o.report));
   return kDone;
 }
 

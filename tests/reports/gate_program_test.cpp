@@ -118,7 +118,23 @@ TEST_CASE("report, compare and check answer as their help says", "[reports][prog
   REQUIRE(wrong.code == 2);
   REQUIRE(wrong.err.find("\"mixlora\"") != std::string::npos);
 
-  REQUIRE(p.run({"check", "--baseline", "absent.json", "a.db"}).code == 2);
+  // Refused before anything is printed or written.
+  const Output nobody =
+      p.run({"report", "a.db", "--against", "nobody", "--out", "half", "--html", "half.html"});
+  REQUIRE(nobody.code == 2);
+  REQUIRE(nobody.out.empty());
+  REQUIRE(nobody.err.find("no trial \"nobody\" to compare with; expected one of \"lora\"") !=
+          std::string::npos);
+  REQUIRE_FALSE(std::filesystem::exists(p.folder() / "half"));
+  REQUIRE_FALSE(std::filesystem::exists(p.folder() / "half.html"));
+  const Output other = p.run({"report", "a.db", "--sweep", "other"});
+  REQUIRE(other.code == 2);
+  REQUIRE(other.err.find("a.db: holds no sweep \"other\"; it holds s") != std::string::npos);
+
+  const Output absent = p.run({"check", "--baseline", "absent.json", "a.db"});
+  REQUIRE(absent.code == 2);
+  REQUIRE(absent.err.find("check --baseline absent.json --update DB writes it") !=
+          std::string::npos);
   p.write("broken.json", "{");
   REQUIRE(p.run({"check", "--baseline", "broken.json", "a.db"}).code == 2);
 }
