@@ -30,7 +30,7 @@ Tables trade_off(const Study& study, const ReportOptions& options, const std::st
                                  number_cell(one.cost, decimals), one.frontier ? "●" : ""}));
     }
     t.caption = protocol_text(used, v) + " Accuracy: mean over suites, ± one standard error. " +
-                what + " ●: no other trial is both cheaper and more accurate.";
+                what + " ●: no other trial of the same suites is both cheaper and more accurate.";
     out.push_back(std::move(t));
   }
   return out;
@@ -77,7 +77,9 @@ std::vector<TradeOff> trade_offs(const Study& study, const Variant& v, double co
       if (auto s = summarise(c, suite, v, confidence)) scores.push_back(std::move(*s));
     if (!paid || scores.empty()) continue;
     most = std::max(most, scores.size());
-    out.push_back({c, average_of(scores, confidence), *paid, scores.size(), false});
+    std::string asked;
+    for (const Summary& s : scores) asked += s.suite + " ";
+    out.push_back({c, average_of(scores, confidence), *paid, scores.size(), asked, false});
   }
   // Averages over fewer suites are not comparable.
   out.erase(
@@ -85,7 +87,7 @@ std::vector<TradeOff> trade_offs(const Study& study, const Variant& v, double co
       out.end());
   for (TradeOff& t : out)
     t.frontier = std::none_of(out.begin(), out.end(), [&](const TradeOff& other) {
-      return other.cost <= t.cost && other.level.mean >= t.level.mean &&
+      return other.asked == t.asked && other.cost <= t.cost && other.level.mean >= t.level.mean &&
              (other.cost < t.cost || other.level.mean > t.level.mean);
     });
   return out;
@@ -94,7 +96,7 @@ std::vector<TradeOff> trade_offs(const Study& study, const Variant& v, double co
 Tables parameter_tables(const Study& study, const ReportOptions& /*options*/) {
   Table t{"params",
           "Trainable parameters",
-          "Share of the base model's parameters.",
+          "Share of the base model's parameters." + setting_text(study),
           {"trial", "trainable", "base", "%"},
           {}};
   for (const Configuration& c : configurations(study)) {
@@ -152,6 +154,7 @@ Tables efficiency_tables(const Study& study, const ReportOptions& options) {
         " Up to {:.0f} trials trained in one step over one base: times are a token of any of them, "
         "bytes are of all together.",
         together);
+  t.caption += setting_text(study);
   return t.rows.empty() ? Tables{} : Tables{t};
 }
 

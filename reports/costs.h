@@ -17,7 +17,8 @@ struct TradeOff {
   TwoLevel level;  // mean over its suites
   double cost = 0;
   std::size_t suites = 0;
-  bool frontier = false;  // no other is cheaper and at least as accurate, or the reverse
+  std::string asked;      // its suites
+  bool frontier = false;  // none of the same suites is cheaper and as accurate, or the reverse
 };
 /// Configurations with a cost and the most suites any of them has.
 std::vector<TradeOff> trade_offs(const Study& study, const Variant& v, double confidence,

@@ -147,7 +147,8 @@ Tables curve_tables(const Study& study, const ReportOptions& /*options*/) {
   Table t{"learning-curves",
           "Learning curves",
           "Training loss (nats a token) around these shares of the run: the mean over a twentieth "
-          "of the steps, and over seeds. Router entropy in nats: the mean over the last tenth.",
+          "of the steps, and over seeds. Router entropy in nats: the mean over the last tenth." +
+              setting_text(study),
           {"trial", "steps"},
           {}};
   for (const double p : kPlaces) t.columns.push_back(fmt::format("{:.0f} %", 100 * p));

@@ -235,7 +235,7 @@ Tables paper_efficiency_tables(const Study& study, const ReportOptions& /*option
           "of everything the engine takes; scoring by all its tokens. The paper adds forward and "
           "backward and does not state GPU, batch and length.",
           device) +
-      source_text(rows, study);
+      setting_text(study) + source_text(rows, study);
   return {t};
 }
 

@@ -117,6 +117,11 @@ std::string protocol_text(const std::vector<Configuration>& configurations, cons
   return text;
 }
 
+std::string setting_text(const Study& study) {
+  const auto all = variants(study);
+  return all.empty() ? "" : fmt::format(" {}", protocol_text(configurations(study), all.front()));
+}
+
 Cell score_cell(const TwoLevel& level, Interval interval) {
   Cell c(fmt::format("{:.1f} ± {:.1f}", 100 * level.mean, 100 * level.standard_error),
          100 * level.mean, 100 * level.standard_error);

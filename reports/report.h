@@ -59,6 +59,8 @@ Tables warning_tables(const Study& study, const ReportOptions& options);
 /// "Model X. Protocol label-token, metric acc, zero-shot, all rows, prompts to 512 tokens. Seeds 1,
 /// 2, 3." for these trials' specs.
 std::string protocol_text(const std::vector<Configuration>& configurations, const Variant& v);
+/// protocol_text of the whole study and its first variant, after a blank; "" before any score.
+std::string setting_text(const Study& study);
 /// "accuracy" for the study's first variant, "accuracy-loglikelihood-acc_norm" for others.
 std::string variant_name(const std::string& table, const Study& study, const Variant& v);
 /// "73.2 ± 0.9" in percent, with the interval behind it.

@@ -115,7 +115,8 @@ Tables expert_load_tables(const Study& study, const ReportOptions& /*options*/) 
           "Expert load (%)",
           "Share of router choices in training, mean over layers (and seeds); lowest and highest "
           "share of any expert in any layer; balance: entropy of the shares over that of equal "
-          "ones, mean over layers.",
+          "ones, mean over layers." +
+              setting_text(study),
           {"trial"},
           {}};
   std::vector<std::pair<TableRow, std::vector<double>>> rows;
@@ -152,7 +153,8 @@ Tables layer_load_tables(const Study& study, const ReportOptions& /*options*/) {
   Table t{"expert-load-layers",
           "Expert load by layer (%)",
           "Share of router choices in training, mean over seeds; balance: entropy of the shares "
-          "over that of equal ones.",
+          "over that of equal ones." +
+              setting_text(study),
           {"trial", "layer"},
           {}};
   std::size_t most = 0;

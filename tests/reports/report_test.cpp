@@ -1,6 +1,7 @@
 #include "reports/report.h"
 
 #include <cmath>
+#include <set>
 
 #include "engine/error.h"
 #include "experiments/sweep_file.h"
@@ -193,6 +194,32 @@ TEST_CASE("a caption says protocol, metric, limits, shots and seeds", "[reports]
                      "Model models/tiny-7b. Protocol label-token, metric acc, 5-shot, test rows "
                      "limited to 50 (0: all), prompts to 512 tokens, training rows limited to 300 "
                      "(0: all). Seeds 3, 4."));
+}
+
+TEST_CASE("every caption but the warnings' says the setting; cheaper counts among equals alone",
+          "[reports]") {
+  StudyStore multi("multi", {"method", "seed"});
+  fill_multi(multi);
+  const Study study = read_study(multi.db(), 1);
+  int tables = 0;
+  for (const TableKind& k : table_kinds())
+    for (const Table& t : k.build(study, {})) {
+      INFO(t.name);
+      ++tables;
+      if (t.name != "warnings")
+        REQUIRE_THAT(t.caption, Catch::Matchers::ContainsSubstring(
+                                    "Protocol label-token, metric acc, zero-shot, all test rows, "
+                                    "prompts to 512 tokens, all training rows. Seeds 1, 2."));
+    }
+  REQUIRE(tables == 17);
+
+  StudyStore single("single", {"task", "method"});
+  fill_single(single);
+  const Table t = memory_tables(read_study(single.db(), 1), {}).at(0);
+  std::set<std::string> marked;  // all cost the same: the best of each suite
+  for (const TableRow& row : t.rows)
+    if (row.cells.back().text == "●") marked.insert(row.cells.front().text);
+  REQUIRE(marked == std::set<std::string>{"arc-e / r 8", "boolq / r 16"});
 }
 
 TEST_CASE("with an adapter a suite, methods meet suite by suite and Holm's correction holds all",
