@@ -121,7 +121,7 @@ Chart accuracy_chart(const Study& study, const std::vector<Kin>& methods, const 
 Chart load_chart(const Configuration& c) {
   Chart chart{"expert-load",
               "Expert load: " + c.label,
-              "Share of router choices in training, by layer; the darker, the more.",
+              "Share of router choices in training, by layer; the fuller the colour, the more.",
               "expert",
               "layer",
               ChartForm::heat};
