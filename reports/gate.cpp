@@ -76,7 +76,7 @@ class Gate {
             fmt::format("measured on {}; the baseline on {}", now->device, before.device));
       return;
     }
-    if (before.processor == now->processor)
+    if (o_.latency_ratio <= 0 || before.processor == now->processor)
       latency(before, *now);
     else if (!before.ms_per_token.empty())
       add(before.label, "latency", Outcome::skipped,
