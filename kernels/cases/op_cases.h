@@ -8,8 +8,8 @@
 
 namespace mixlora::cases {
 
-/// How far a backend may be from the double reference, ||out - ref|| / ||ref|| of every output,
-/// when its activations are f32 or bf16, and why that much.
+/// How far a backend may be from the double reference, by Workbench::error of every output, when
+/// its activations are f32 or bf16, and why that much.
 struct Bound {
   double f32, bf16;
   const char* why;

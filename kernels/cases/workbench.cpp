@@ -47,6 +47,7 @@ Array& Workbench::input(Shape shape, DType type, double spread, double centre) {
 Array& Workbench::updated(std::string name, Shape shape, DType type, double spread) {
   Array& a = input(shape, type, spread);
   compare(a, std::move(name));
+  a.least = spread * std::sqrt(static_cast<double>(shape.numel()));
   return a;
 }
 void Workbench::compare(Array& a, std::string name) {
@@ -113,7 +114,8 @@ double Workbench::error(Array& a) {
     size += a.host[i] * a.host[i];
   }
   if (!std::isfinite(difference)) return std::numeric_limits<double>::infinity();
-  return size > 0 ? std::sqrt(difference / size) : std::sqrt(difference);
+  const double divisor = std::max(std::sqrt(size), a.least);
+  return divisor > 0 ? std::sqrt(difference) / divisor : std::sqrt(difference);
 }
 
 }  // namespace mixlora::cases

@@ -17,6 +17,7 @@ struct Array {
   std::vector<double> host;        // the device's numbers exactly, after rounding to its type
   std::vector<std::int32_t> ints;  // when the type is i32
   bool compared = false, counted = true;  // against the reference; among the bytes moved
+  double least = 0;  // norm of the terms that may cancel in it: no smaller result divides its error
   std::unique_ptr<Memory> memory;
   double* data() { return host.data(); }
   std::int32_t* index() { return ints.data(); }
@@ -33,7 +34,8 @@ class Workbench {
   DType act() const { return ops.activation_type(); }
   /// Normal numbers around `centre`, rounded to `type`.
   Array& input(Shape shape, DType type, double spread = 1, double centre = 0);
-  /// The same, read and written by the operation ("adds", in place).
+  /// The same, read and written by the operation ("adds", in place): the numbers before and what is
+  /// added may cancel, and the sum is rounded at their size.
   Array& updated(std::string name, Shape shape, DType type, double spread = 1);
   /// Given numbers, rounded to `type`.
   Array& numbers(Shape shape, DType type, const std::vector<double>& values);
@@ -50,7 +52,8 @@ class Workbench {
   double bytes() const;
   std::uint64_t key() { return random_(); }
 
-  /// ||device - host|| / ||host|| of one array; the share of wrong integers; infinity for NaN.
+  /// ||device - host|| / max(||host||, least) of one array; the share of wrong integers; infinity
+  /// for NaN.
   double error(Array& a);
   std::deque<Array>& arrays() { return arrays_; }
 
