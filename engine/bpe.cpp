@@ -20,7 +20,7 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
          static_cast<std::uint32_t>(right);
 }
 
-bool flag(const Json& model, const char* key, const std::string& where) {
+bool boolean(const Json& model, const char* key, const std::string& where) {
   const Json value = model.value(key, Json(false));
   require(value.is_boolean(), "{}: \"{}\": expected true or false, found {}", where, key,
           shown(value));
@@ -71,9 +71,9 @@ Bpe::Bpe(const Json& tokenizer, const std::string& file) {
     require(value.is_null() || value == "", "{}: \"{}\" is {}; expected null", where, key,
             shown(value));
   }
-  byte_fallback_ = flag(model, "byte_fallback", where);
-  fuse_unknown_ = flag(model, "fuse_unk", where);
-  ignore_merges_ = flag(model, "ignore_merges", where);
+  byte_fallback_ = boolean(model, "byte_fallback", where);
+  fuse_unknown_ = boolean(model, "fuse_unk", where);
+  ignore_merges_ = boolean(model, "ignore_merges", where);
 
   const Json added = tokenizer.value("added_tokens", Json::array());
   require(added.is_array(), "{}: \"added_tokens\": expected a list, found {}", file,

@@ -17,7 +17,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct BenchArguments {
   WorkloadOptions work;
   std::string device = "auto", precision = "auto", recompute = "none", format = "terminal", out,
               batches;
@@ -118,7 +118,7 @@ template <class F> double median_seconds(Backend& ops, std::int64_t times, F&& f
   return median(all);
 }
 
-Figures measure(Backend& ops, const Model& model, const Options& o, const RunSpec& run,
+Figures measure(Backend& ops, const Model& model, const BenchArguments& o, const RunSpec& run,
                 const std::vector<TrainJob>& jobs, const std::vector<LabelRequest>& requests) {
   Figures f;
   std::unique_ptr<Adapter> adapter;
@@ -183,7 +183,7 @@ std::int64_t down_rows(const std::vector<TrainJob>& jobs, double tokens) {
   return std::llround(rows);
 }
 
-int bench(const Options& o) {
+int bench(const BenchArguments& o) {
   const Format format = format_named(o.format);
   RunSpec run;
   read(Json(o.device), run.device, "--device");
@@ -264,7 +264,7 @@ int bench(const Options& o) {
 }  // namespace
 
 void add_bench_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();
+  const auto o = std::make_shared<BenchArguments>();
   CLI::App* c = app.add_subcommand("bench", "time training steps and scoring of every method");
   add_workload_options(*c, o->work);
   c->add_option("--methods", o->methods,

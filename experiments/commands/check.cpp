@@ -11,7 +11,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct CheckArguments {
   std::string baseline, db, sweep, junit, summary;
   bool update = false, verbose = false;
   GateOptions gate;
@@ -24,7 +24,7 @@ void put(const std::string& file, const std::string& text) {
     write_text(file, text);
 }
 
-int check(const Options& o) {
+int check(const CheckArguments& o) {
   if (o.update) {
     require(!o.db.empty(), "check --update: which store? expected check --baseline {} --update DB",
             o.baseline);
@@ -52,7 +52,7 @@ int check(const Options& o) {
 }  // namespace
 
 void add_check_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<CheckArguments>();  // the parser and the callback share it
   CLI::App* command = app.add_subcommand(
       "check", "hold a store against a baseline: exit 0 as good, 1 a regression, 2 wrong input");
   command->add_option("--baseline", o->baseline, "the file that --update writes")->required();

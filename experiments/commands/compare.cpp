@@ -18,7 +18,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct CompareArguments {
   std::string first, second, db, format = "terminal";
   bool only_changed = false, fail = false;
   Certainty certainty;
@@ -105,7 +105,7 @@ std::vector<Pairing> pairings(const Side& a, const Side& b, std::string& left_ov
   return out;
 }
 
-int compare(const Options& o) {
+int compare(const CompareArguments& o) {
   const Format format = format_named(o.format);
   const Side a = side(o.first, o.db), b = side(o.second, o.db);
   std::string left_over;
@@ -173,7 +173,7 @@ int compare(const Options& o) {
 }  // namespace
 
 void add_compare_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<CompareArguments>();  // the parser and the callback share it
   CLI::App* command = app.add_subcommand(
       "compare", "two trials, sweeps or stores question by question, with verdicts");
   command->add_option("first", o->first, "FILE, FILE:SWEEP, FILE:TRIAL, or a name with --db")

@@ -9,7 +9,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct FetchArguments {
   std::vector<std::string> names, splits;
   FetchOptions fetch;
 };
@@ -22,7 +22,7 @@ std::vector<Split> wanted_splits(const Task& task, const std::vector<std::string
   return out;
 }
 
-int fetch_suites(const Options& o) {
+int fetch_suites(const FetchArguments& o) {
   std::vector<Task> wanted;
   for (const auto& name : mix_names(o.names)) wanted.push_back(find_task(name));
   if (wanted.empty())
@@ -48,7 +48,7 @@ int fetch_suites(const Options& o) {
 }  // namespace
 
 void add_fetch_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<FetchArguments>();  // the parser and the callback share it
   CLI::App* fetch = app.add_subcommand("fetch", "bring official data here");
   fetch->require_subcommand(1);
   CLI::App* command = fetch->add_subcommand(

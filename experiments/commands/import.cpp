@@ -8,11 +8,11 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct ImportArguments {
   std::string config, model = "models/smollm2-135m", out;
 };
 
-int import_file(const Options& o) {
+int import_file(const ImportArguments& o) {
   const std::filesystem::path file(o.config);
   const Imported made =
       import_config(read_json(file, 16 << 20), o.config, file.stem().string(), o.model);
@@ -35,7 +35,7 @@ int import_file(const Options& o) {
 }  // namespace
 
 void add_import_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<ImportArguments>();  // the parser and the callback share it
   CLI::App* command =
       app.add_subcommand("import", "write the sweep of an m-LoRA or MoE-PEFT configuration file");
   command->add_option("config", o->config, "training file or adapter_config.json")->required();

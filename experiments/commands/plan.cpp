@@ -11,7 +11,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct PlanArguments {
   std::string sweep, db;
   bool retry = false, json = false, quick = false;
 };
@@ -119,7 +119,7 @@ void print_text(const Sweep& sweep, const Plan& plan, const Rates& rates, const 
   fmt::print("\n");
 }
 
-int plan(const Options& o) {
+int plan(const PlanArguments& o) {
   Sweep sweep = read_sweep(o.sweep);
   const std::string& source = sweep.trials.front().spec.model;
   const ModelConfig config = config_of(source);
@@ -148,7 +148,7 @@ int plan(const Options& o) {
 }  // namespace
 
 void add_plan_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<PlanArguments>();  // the parser and the callback share it
   CLI::App* command = app.add_subcommand(
       "plan", "say what run would do and why, with tokens, peak memory and time");
   command->add_option("sweep", o->sweep, "sweep file (JSON)")->required();

@@ -19,7 +19,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct ProfileArguments {
   WorkloadOptions work;
   std::string sweep, method = "mixlora", device = "auto", precision = "auto", recompute = "auto",
                      format = "terminal", out;
@@ -63,7 +63,7 @@ const Trial& find_trial(const Sweep& sweep, const std::string& name) {
   return *found;
 }
 
-Subject of_sweep(const Options& o) {
+Subject of_sweep(const ProfileArguments& o) {
   Sweep sweep = read_sweep(o.sweep);
   Subject s;
   s.run = sweep.run;
@@ -88,7 +88,7 @@ Subject of_sweep(const Options& o) {
   return s;
 }
 
-Subject of_options(const Options& o) {
+Subject of_options(const ProfileArguments& o) {
   Subject s;
   read(Json(o.device), s.run.device, "--device");
   read(Json(o.precision), s.run.precision, "--precision");
@@ -301,7 +301,7 @@ Table op_table(const Sums& s) {
   return t;
 }
 
-int profile(const Options& o) {
+int profile(const ProfileArguments& o) {
   const Format format = format_named(o.format);
   Subject subject = o.sweep.empty() ? of_options(o) : of_sweep(o);
   require(!o.window || subject.ops->device() == Device::cuda,
@@ -333,7 +333,7 @@ int profile(const Options& o) {
 }  // namespace
 
 void add_profile_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<ProfileArguments>();  // the parser and the callback share it
   CLI::App* c = app.add_subcommand("profile", "say where training steps spend their time");
   c->add_option("sweep", o->sweep, "sweep file (JSON); without one, as bench's options say");
   CLI::Option* trials = c->add_option(

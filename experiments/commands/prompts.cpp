@@ -9,7 +9,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct PromptsArguments {
   std::string suite, protocol = "label-token", out, row, model = "models/smollm2-135m";
   ProtocolSpec spec;
   std::int64_t count = 3;
@@ -55,8 +55,8 @@ void print_tokens(const Tokenizer& tokenizer, const ScoredText& t) {
              t.tokens.size() - static_cast<std::size_t>(t.scored_from), line);
 }
 
-void print_row(const Task& task, const Row& row, const Options& o, const std::string& few_shot,
-               const Tokenizer* tokenizer) {
+void print_row(const Task& task, const Row& row, const PromptsArguments& o,
+               const std::string& few_shot, const Tokenizer* tokenizer) {
   fmt::print("--- {} (gold: {})\n", row.id, gold_of(task, row, o.spec).dump());
   const auto pairs = pairs_of(task, row, o.spec, few_shot);
   const bool labels = o.spec.protocol == Protocol::label_token;
@@ -72,7 +72,7 @@ void print_row(const Task& task, const Row& row, const Options& o, const std::st
                                          *tokenizer, o.spec.bos, 0, cut));
 }
 
-int prompts(Options o) {
+int prompts(PromptsArguments o) {
   read(Json(o.protocol), o.spec.protocol, "--protocol");
   o.spec.label_rule = o.official ? LabelRule::official : LabelRule::corrected;
   check(o.spec, "prompts");
@@ -101,7 +101,7 @@ int prompts(Options o) {
 }  // namespace
 
 void add_prompts_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<PromptsArguments>();  // the parser and the callback share it
   CLI::App* command = app.add_subcommand("prompts", "print or write what a suite asks");
   command->add_option("suite", o->suite, "a task, its JSON file, or a file of rows")->required();
   command->add_option("--protocol", o->protocol, "label-token or loglikelihood");

@@ -13,7 +13,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct ReportArguments {
   std::string file, sweep, out, format = "terminal", html;
   std::vector<std::string> only;
   bool list = false;
@@ -26,7 +26,7 @@ int list_tables() {
   return kDone;
 }
 
-int report(const Options& o) {
+int report(const ReportArguments& o) {
   if (o.list) return list_tables();
   require(!o.file.empty(), "report: no store given; expected runs/NAME.db or the sweep file");
   const Format format = format_named(o.format);
@@ -67,7 +67,7 @@ int report(const Options& o) {
 }  // namespace
 
 void add_report_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<ReportArguments>();  // the parser and the callback share it
   CLI::App* command = app.add_subcommand("report", "print the tables of a store's last sweep");
   command->add_option("db", o->file, "store, or the sweep file whose store is runs/NAME.db");
   command->add_option("--only", o->only, "these tables alone (--list names them)")->delimiter(',');

@@ -24,7 +24,7 @@ void ask_stop(int signal) {
   if (::write(STDERR_FILENO, kText.data(), kText.size()) < 0) return;
 }
 
-struct Options {
+struct RunArguments {
   std::string sweep, db, out;
   bool retry = false;
 };
@@ -81,7 +81,7 @@ RunObserver observer_of(Progress& p) {
   return o;
 }
 
-int run(const Options& o) {
+int run(const RunArguments& o) {
   const auto start = Clock::now();
   Sweep sweep = read_sweep(o.sweep);
   const std::string& source = sweep.trials.front().spec.model;
@@ -143,7 +143,7 @@ int run(const Options& o) {
 }  // namespace
 
 void add_run_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<RunArguments>();  // the parser and the callback share it
   CLI::App* command =
       app.add_subcommand("run", "run what of a sweep is not done yet, then print its tables");
   command->add_option("sweep", o->sweep, "sweep file (JSON)")->required();

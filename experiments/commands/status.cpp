@@ -79,11 +79,11 @@ int status(const std::string& file, bool json) {
 }  // namespace
 
 void add_status_command(CLI::App& app, int& exit_code) {
-  struct Options {
+  struct StatusArguments {
     std::string file;
     bool json = false;
   };
-  const auto o = std::make_shared<Options>();  // the parser and the callback share it
+  const auto o = std::make_shared<StatusArguments>();  // the parser and the callback share it
   CLI::App* command =
       app.add_subcommand("status", "the trials of a store's last sweep, also while it runs");
   command->add_option("db", o->file, "store, or the sweep file whose store is runs/NAME.db")

@@ -10,7 +10,7 @@
 namespace mixlora {
 namespace {
 
-struct Options {
+struct SuitesArguments {
   std::vector<std::string> names;
   std::string model = "models/smollm2-135m";
   std::int64_t limit = 512;
@@ -51,7 +51,7 @@ int list(bool json) {
   return kDone;
 }
 
-int validate(const Options& o) {
+int validate(const SuitesArguments& o) {
   std::unique_ptr<Tokenizer> tokenizer;
   if (std::filesystem::exists(o.model + "/tokenizer.json"))
     tokenizer = std::make_unique<Tokenizer>(o.model);
@@ -107,7 +107,7 @@ int validate(const Options& o) {
 }  // namespace
 
 void add_suites_command(CLI::App& app, int& exit_code) {
-  const auto o = std::make_shared<Options>();  // the parser and the callbacks share it
+  const auto o = std::make_shared<SuitesArguments>();  // the parser and the callbacks share it
   CLI::App* suites =
       app.add_subcommand("suites", "the suites there are, and whether they are right");
   suites->require_subcommand(1);

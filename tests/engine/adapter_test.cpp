@@ -25,12 +25,12 @@ using namespace mixlora;
 
 namespace {
 
-ModelConfig small() {
+ModelConfig two_layers() {
   ModelConfig c = shape_config("smollm2-135m");
   c.layers = 2;
   return c;
 }
-ModelConfig tiny() {
+ModelConfig golden_shape() {
   return read_model_config(std::filesystem::path(MIXLORA_GOLDEN_DIR) / "tiny-llama" /
                            "config.json");
 }
@@ -59,7 +59,7 @@ TEST_CASE("an adapter's file gives the same numbers back", "[engine][adapter]") 
   s.method = method;
   s.num_experts = 3;
   s.r = 4;
-  Adapter a(small(), s), b(small(), s);
+  Adapter a(two_layers(), s), b(two_layers(), s);
   for (std::size_t i = 0; i < a.numbers().size(); ++i)
     a.numbers()[i] = static_cast<float>(i % 1013) - 500;
   const Folder folder;
@@ -93,7 +93,7 @@ TEST_CASE("every bit of an adapter comes back from its file", "[engine][adapter]
       GENERATE(Routing::mixlora, Routing::mixlora_dynamic, Routing::mixlora_switch);
   s.expert_lora.r = 2;
   s.target_modules.at(static_cast<std::size_t>(Projection::k)) = false;
-  Adapter a(tiny(), s), b(tiny(), s);
+  Adapter a(golden_shape(), s), b(golden_shape(), s);
   std::uint32_t bits = 1;
   for (const auto& t : a.file_tensors())
     for (std::int64_t r = 0; r < t.view.rows(); ++r)
@@ -155,7 +155,7 @@ TEST_CASE("m-LoRA's tensor names are read", "[engine][adapter]") {
   s.method = GENERATE(Method::lora, Method::mixlora);
   s.num_experts = 12;
   s.r = 2;
-  Adapter a(tiny(), s), b(tiny(), s);
+  Adapter a(golden_shape(), s), b(golden_shape(), s);
   a.initialise(3);
   const Folder folder;
   const auto& dir = folder.path;
@@ -184,7 +184,7 @@ TEST_CASE("a bad adapter is refused with what and where", "[engine][adapter][hos
   AdapterSpec s;
   s.r = 4;
   s.method = Method::mixlora;
-  Adapter a(tiny(), s);
+  Adapter a(golden_shape(), s);
   const Json good = write_adapter_config(s, "m");
   struct Case {
     const char* patch;
@@ -251,17 +251,17 @@ TEST_CASE("a bad adapter is refused with what and where", "[engine][adapter][hos
 TEST_CASE("an adapter of another kind is refused with the key that differs", "[engine][adapter]") {
   AdapterSpec s;
   s.r = 4;
-  Adapter a(small(), s);
+  Adapter a(two_layers(), s);
   const Folder folder;
   const auto& dir = folder.path;
   a.save(dir, "m");
   AdapterSpec wider = s;
   wider.r = 8;
-  Adapter b(small(), wider);
+  Adapter b(two_layers(), wider);
   REQUIRE_THROWS_WITH(b.load(dir),
                       Catch::Matchers::ContainsSubstring("\"r\" is 4; this adapter has 8"));
   AdapterSpec fewer = s;
   fewer.target_modules.at(static_cast<std::size_t>(Projection::q)) = false;
-  Adapter c(small(), fewer);
+  Adapter c(two_layers(), fewer);
   REQUIRE_THROWS_AS(c.load(dir), InputError);
 }

@@ -18,7 +18,7 @@ using namespace mixlora;
 namespace {
 
 /// A shape that the tensor-core kernels take: heads of 64, widths by 32, ranks by 8.
-ModelConfig small() {
+ModelConfig tensor_core_shape() {
   ModelConfig c;
   c.hidden = 128;
   c.layers = 2;
@@ -103,10 +103,10 @@ TEST_CASE("CUDA trains as the CPU does", "[engine][cuda]") {
   for (const char* name :
        {"lora", "dora", "mixlora", "mixdora", "top-4", "top-p", "switch", "rank 24"}) {
     TrainJob j = job(name);
-    j.items = random_items(64, small().vocab);
-    const auto expected = losses(*cpu, *Model::random_weights(*cpu, small()), j);
-    const auto in_f32 = losses(*wide, *Model::random_weights(*wide, small()), j);
-    const auto bf16_model = Model::random_weights(*half, small());
+    j.items = random_items(64, tensor_core_shape().vocab);
+    const auto expected = losses(*cpu, *Model::random_weights(*cpu, tensor_core_shape()), j);
+    const auto in_f32 = losses(*wide, *Model::random_weights(*wide, tensor_core_shape()), j);
+    const auto bf16_model = Model::random_weights(*half, tensor_core_shape());
     const auto in_bf16 = losses(*half, *bf16_model, j);
     std::cout << name << ": f32 within " << apart(in_f32, expected) << ", bf16 within "
               << apart(in_bf16, expected) << " of the CPU's losses\n";

@@ -19,7 +19,7 @@ using namespace mixlora;
 
 namespace {
 
-const std::filesystem::path kGolden = MIXLORA_GOLDEN_DIR;
+const std::filesystem::path kMixtures = MIXLORA_GOLDEN_DIR;
 // Float32 against float64: of the largest entry of a tensor.
 constexpr double kRelative = 1e-5;
 
@@ -71,8 +71,8 @@ AdapterSpec spec_of(const Json& g, const Json& c) {
 TEST_CASE("MixLoRA and MixDoRA are their equations, gradients and router losses included",
           "[engine][golden]") {
   const auto ops = make_cpu_backend(Precision::fp32);
-  const auto model = Model::load(*ops, (kGolden / "mixlora-model").string());
-  const Json g = read_json(kGolden / "mixlora.json", std::size_t{8} << 20);
+  const auto model = Model::load(*ops, (kMixtures / "mixlora-model").string());
+  const Json g = read_json(kMixtures / "mixlora.json", std::size_t{8} << 20);
   const auto recompute = GENERATE(Recompute::none, Recompute::gate_up, Recompute::layer);
   REQUIRE(g["cases"].size() == 6);
 

@@ -71,7 +71,7 @@ void require_planned_everywhere(Backend& ops, const Model& model, std::int64_t s
       require_planned(ops, model, job_of(method, model.config.vocab, steps, longest), level);
 }
 
-ModelConfig tiny() {
+ModelConfig three_layers() {
   ModelConfig c;
   c.hidden = 48;
   c.layers = 3;
@@ -89,7 +89,7 @@ ModelConfig tiny() {
 
 TEST_CASE("training takes what the plan says, before its second step", "[engine][memory]") {
   const auto ops = make_cpu_backend(Precision::fp32);
-  const auto model = Model::random_weights(*ops, tiny());
+  const auto model = Model::random_weights(*ops, three_layers());
   require_planned_everywhere(*ops, *model, 4, 17);
 }
 
@@ -108,7 +108,7 @@ TEST_CASE("training SmolLM2-135M takes what the plan says", "[engine][memory][sl
 
 TEST_CASE("updating by layer learns the same bits in less memory", "[engine][memory]") {
   const auto ops = make_cpu_backend(Precision::fp32);
-  const auto model = Model::random_weights(*ops, tiny());
+  const auto model = Model::random_weights(*ops, three_layers());
   const auto trained = [&](const std::vector<TrainJob>& jobs, Recompute level) {
     TrainOptions options;
     options.recompute = level;
@@ -139,8 +139,8 @@ TEST_CASE("updating by layer learns the same bits in less memory", "[engine][mem
     };
     const AdapterLayout layout(model->config, job.adapter);
     const auto saved = static_cast<std::size_t>(layout.elements) * sizeof(float) *
-                       static_cast<std::size_t>(tiny().layers - 1) /
-                       static_cast<std::size_t>(tiny().layers);
+                       static_cast<std::size_t>(three_layers().layers - 1) /
+                       static_cast<std::size_t>(three_layers().layers);
     CHECK(bytes(clipped) - bytes(job) == saved);
     const std::size_t less_rows = bytes(clipped) - bytes(cut);  // both keep all gradients
     cut.train.max_grad_norm = 1;
@@ -153,7 +153,7 @@ TEST_CASE("updating by layer learns the same bits in less memory", "[engine][mem
 
 TEST_CASE("evaluation drops nothing", "[engine][dropout]") {
   const auto ops = make_cpu_backend(Precision::fp32);
-  const auto model = Model::random_weights(*ops, tiny());
+  const auto model = Model::random_weights(*ops, three_layers());
   for (const auto method : {Method::lora, Method::dora, Method::mixlora, Method::mixdora}) {
     TrainJob job = job_of(method, model->config.vocab, 3);
     job.adapter.lora_dropout = 0.5;
