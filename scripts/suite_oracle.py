@@ -123,7 +123,7 @@ def scores(model, out, limit, suites):
                 ids = lm.tokenizer(p["requests"][0]["context"]).input_ids
                 labels = [lm.tokenizer(" " + q["continuation"], add_special_tokens=False).input_ids[-1] for q in p["requests"]]
                 with torch.no_grad():
-                    logits = lm.model(torch.tensor([ids])).logits[0, -1].float()[labels]
+                    logits = lm.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()[labels]
                 answers[name][p["id"]]["label-token"] = torch.log_softmax(logits, -1).tolist()
         print(f"{name}: {len(rows)} rows; lm-eval's loglikelihood took {seconds:.1f} s, {torch.get_num_threads()} threads", flush=True)
         with open(out, "w") as f:
