@@ -139,21 +139,28 @@ def clean_choice(name, choice):
 
 
 def compare(file, store):
-    theirs, db, bad = json.load(open(file)), sqlite3.connect(store), 0
+    """A table of items, differing answers and differences; every differing answer with how near a tie it is to both."""
+    theirs, db, bad, ties = json.load(open(file)), sqlite3.connect(store), 0, []
     print("| suite | protocol | rows | differing answers | largest difference of a log-probability |\n|---|---|---|---|---|")
     for name, items in theirs.items():
+        choices = {r["id"]: [len(clean_choice(name, c)) for c in r["choices"]] for r in rows_of(name, len(items))}
         for protocol in ("loglikelihood", "label-token"):
             found = {i: (c, json.loads(p)) for i, c, p in db.execute(
                 "SELECT item, choice, log_probs FROM answer WHERE suite = ? AND protocol = ?", (name, protocol))}
-            differ, most = [], 0.0
+            differ, most = 0, 0.0
             for item, t in items.items():
                 choice, probs = found[item]
-                expected = t["choice"] if protocol == "loglikelihood" else t[protocol].index(max(t[protocol]))
                 most = max(most, *(abs(a - b) for a, b in zip(probs, t[protocol], strict=True)))
+                by_length = protocol == "loglikelihood" and HEADLINE[name] == "acc_norm"
+                score = [x / n for x, n in zip(t[protocol], choices[item] if by_length else [1] * len(probs))]
+                expected = score.index(max(score))
                 if choice != expected:
-                    differ.append(item)
-            print(f"| {name} | {protocol} | {len(items)} | {len(differ)} | {most:.1e} |")
-            bad += most > 1e-3 or len(differ) * 1000 > max(len(items), 1000)
+                    differ += 1
+                    ties.append(f"{name}, {protocol}, {item}: {expected} here, {choice} ours, "
+                                f"{score[expected] - score[choice]:.1e} apart here")
+            print(f"| {name} | {protocol} | {len(items)} | {differ} | {most:.1e} |")
+            bad += most > 1e-3 or differ * 1000 > max(len(items), 1000)
+    print("\n".join(["", *ties]) if ties else "\nNo answer differs.")
     return 1 if bad else 0
 
 
