@@ -1,4 +1,5 @@
-// The engine on CUDA: the CPU's losses in f32, the same bits twice, bf16 near f32.
+// One training in f32 and bf16, on the CPU and on CUDA: the same losses in f32, the same bits
+// twice, bf16 near f32.
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
@@ -94,6 +95,37 @@ bool no_cuda() {
   return !reason.empty();
 }
 
+/// The model that MIXLORA_MODEL names, or none with a printed reason.
+const char* smollm2() {
+  const char* source = std::getenv("MIXLORA_MODEL");
+  if (source == nullptr) std::cout << "skipped: MIXLORA_MODEL names no model\n";
+  return source;
+}
+/// The 20 steps of scripts/make_bf16_golden.py: rows of the starter questions, two a step.
+TrainJob starter_job(const std::string& method, const char* source) {
+  const Tokenizer tokenizer(source);
+  TrainJob j = job(method);
+  j.train.lr = 2e-4;
+  j.train.batch_size = 2;
+  std::ifstream rows(std::string(MIXLORA_SOURCE_DIR) +
+                     "/suites/starter/starter-question/train.jsonl");
+  for (std::string line; j.items.size() < 24 && std::getline(rows, line);) {
+    TrainItem item;
+    item.tokens = tokenizer.encode(nlohmann::json::parse(line).dump());
+    j.items.push_back(std::move(item));
+  }
+  return j;
+}
+/// torch's bf16 on those rows against its float32: AdamW's first steps go by the signs of gradients
+/// that bf16 rounds, so its losses stand 3 to 10 % higher from the second step on. As close is
+/// close enough.
+double torch_bf16_apart() {
+  std::ifstream in(std::string(MIXLORA_GOLDEN_DIR) + "/bf16.json");
+  const auto golden = nlohmann::json::parse(in);
+  return apart(golden.at("bfloat16").get<std::vector<double>>(),
+               golden.at("float32").get<std::vector<double>>());
+}
+
 }  // namespace
 
 TEST_CASE("CUDA trains as the CPU does", "[engine][cuda]") {
@@ -124,38 +156,42 @@ TEST_CASE("CUDA trains as the CPU does", "[engine][cuda]") {
   }
 }
 
-TEST_CASE("SmolLM2-135M trains on CUDA as on the CPU", "[engine][cuda][slow]") {
-  const char* source = std::getenv("MIXLORA_MODEL");
-  if (no_cuda()) return;
-  if (source == nullptr) {
-    std::cout << "skipped: MIXLORA_MODEL names no model\n";
+TEST_CASE("bf16 products on the CPU stay as near to f32 as torch's bf16, SmolLM2-135M",
+          "[engine][golden][slow]") {
+  const char* source = smollm2();
+  if (source == nullptr) return;
+  const auto wide = make_cpu_backend(Precision::fp32),
+             half = make_cpu_backend(Precision::automatic);
+  if (half->matrix_type() != DType::bf16) {
+    std::cout << "skipped: this CPU has no fast bf16 products\n";
     return;
   }
-  const Tokenizer tokenizer(source);
-  std::vector<TrainItem> items;
-  std::ifstream rows(std::string(MIXLORA_SOURCE_DIR) +
-                     "/suites/starter/starter-question/train.jsonl");
-  for (std::string line; items.size() < 24 && std::getline(rows, line);) {
-    TrainItem item;
-    item.tokens = tokenizer.encode(nlohmann::json::parse(line).dump());
-    items.push_back(std::move(item));
-  }
-  REQUIRE(items.size() == 24);
+  const TrainJob j = starter_job("lora", source);
+  REQUIRE(j.items.size() == 24);
+  const auto expected = losses(*wide, *Model::load(*wide, source), j);
+  REQUIRE(expected.size() == 20);
+  const double bf16 = apart(losses(*half, *Model::load(*half, source), j), expected);
+  INFO("torch's bf16 is " << torch_bf16_apart() << " from its float32");
+  CHECK(bf16 < torch_bf16_apart());
+}
+
+TEST_CASE("SmolLM2-135M trains on CUDA as on the CPU", "[engine][cuda][slow]") {
+  if (no_cuda()) return;
+  const char* source = smollm2();
+  if (source == nullptr) return;
   const auto cpu = make_cpu_backend(Precision::fp32), wide = make_cuda_backend(Precision::fp32),
              half = make_cuda_backend(Precision::bf16);
   const auto on_cpu = Model::load(*cpu, source), in_f32 = Model::load(*wide, source),
              in_bf16 = Model::load(*half, source);
   for (const char* name : {"lora", "mixlora"}) {
-    TrainJob j = job(name);
-    j.train.lr = 2e-4;
-    j.train.batch_size = 2;
-    j.items = items;
+    const TrainJob j = starter_job(name, source);
+    REQUIRE(j.items.size() == 24);
     const auto expected = losses(*cpu, *on_cpu, j);
     const double f32 = apart(losses(*wide, *in_f32, j), expected),
                  bf16 = apart(losses(*half, *in_bf16, j), expected);
     std::cout << "SmolLM2-135M " << name << ": f32 within " << f32 << ", bf16 within " << bf16
               << " of the CPU's losses over " << expected.size() << " steps\n";
     CHECK(f32 < 1e-4);
-    CHECK(bf16 < 2e-2);
+    CHECK(bf16 < torch_bf16_apart());
   }
 }
