@@ -112,9 +112,7 @@ def scores(model, out, limit, suites):
         answers[name] = {}
         for r, a in zip(rows, asked):
             lls, at = values[at:at + len(a)], at + len(a)
-            lengths = [len(clean_choice(name, c)) for c in r["choices"]] if HEADLINE[name] == "acc_norm" else [1] * len(a)
-            normed = [x / n for x, n in zip(lls, lengths)]
-            answers[name][r["id"]] = {"loglikelihood": lls, "choice": normed.index(max(normed))}
+            answers[name][r["id"]] = {"loglikelihood": lls}
         with tempfile.NamedTemporaryFile(suffix=".jsonl") as f:
             subprocess.run([os.environ.get("MIXLORA_BENCH", "build/cpu/mixlora-bench"), "prompts", name, "--out", f.name],
                            check=True, stdout=subprocess.DEVNULL)
