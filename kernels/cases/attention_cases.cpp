@@ -149,6 +149,10 @@ void add_attention_cases(std::vector<OpCase>& t) {
        {0, 70, 0, 0, 70, 3, 0, 70, 73, 17, 0, 70, 90, 1, 0, 33},
        {9, 3, 64}},
       {"2x128 9:3x64 (SmolLM2)", {0, 128, 0, 0, 128, 128, 0, 0}, {9, 3, 64}},
+      // Two and three tiles of 128 and one, the last half or hardly full, none a prefix.
+      {"300, 170, 1, 128 and 257 4:2x128",
+       {0, 300, 0, 0, 300, 170, 0, 0, 470, 1, 0, 0, 471, 128, 0, 0, 599, 257, 0, 0},
+       {4, 2, 128}},
       {"2x96 4:4x128 (Llama)", {0, 96, 0, 0, 96, 96, 0, 0}, {4, 4, 128}},
       // More than two tiles of 128 queries or of a prefix's keys, none whole at its end.
       {"300 and a choice of 150 of them 4:2x128", {0, 300, 0, 0, 300, 40, 0, 150}, {4, 2, 128}}};

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/tiles.cuh"
 
@@ -15,31 +16,6 @@ namespace mixlora {
 namespace {
 
 using namespace cuda;  // NOLINT: this file is the CUDA backend's
-
-template <class T> struct AttentionCall {
-  const T *qkv, *o, *d_o;  // (N, (H + 2 Hkv) D), (N, H D)
-  T *out, *d_qkv;
-  float *lse, *mean;  // (N, H); mean: d_o . o
-  const float* rope;  // (positions, D): d_q and d_k are turned back by these angles; or null
-  const std::int32_t* ids;
-  const std::int32_t* table;
-  int sequences, heads, kv_heads, head_dim;
-  bool prefixes;
-  float root;  // 1 / sqrt(D)
-
-  __device__ Index width() const { return static_cast<Index>(heads + 2 * kv_heads) * head_dim; }
-  __device__ int kv_of(int head) const { return head / (heads / kv_heads); }
-  __device__ const T* query(Index n, int head) const { return qkv + n * width() + head * head_dim; }
-  __device__ const T* key(Index n, int kv) const { return query(n, heads + kv); }
-  __device__ const T* value(Index n, int kv) const { return query(n, heads + kv_heads + kv); }
-};
-struct Sequence {
-  int begin, length, prefix_begin, prefix_length;
-};
-__device__ Sequence sequence_of(const std::int32_t* table, int s) {
-  const int4 x = reinterpret_cast<const int4*>(table)[s];
-  return {x.x, x.y, x.z, x.w};
-}
 
 // ---- plain ---------------------------------------------------------------------------------
 
@@ -162,7 +138,6 @@ __global__ void mean_kernel(float* mean, const T* d_o, const T* o, int d, Index 
 
 // ---- tensor cores --------------------------------------------------------------------------
 
-using Number = __nv_bfloat16;
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpQueries = 32, kQueries = kWarps * kWarpQueries;  // of a block by queries
 /// Keys of a tile, in forward and for d_q. Few where the sequences have no more, or where a block
@@ -171,7 +146,6 @@ constexpr int kWarpQueries = 32, kQueries = kWarps * kWarpQueries;  // of a bloc
 constexpr int kSeenKeys = 64, kMetKeys = 32, kFewSeenKeys = 32, kFewMetKeys = 16;
 constexpr int kWarpKeys = 16, kKeys = kWarps * kWarpKeys;  // of a block by keys
 constexpr int kMetQueries = 32;                            // of a tile, for d_k and d_v
-constexpr float kLog2E = 1.44269504F;
 
 /// The key tiles that a block's queries, `last` the end of them, meet: the prefix, then their own.
 template <int Size> struct KeyTiles {
@@ -229,30 +203,6 @@ __device__ void copy_out(Number* first, Index stride, TileRows<D> from, int r, i
     if (i < rows)
       *reinterpret_cast<uint4*>(first + i * stride + lane % kChunks * 8) =
           *reinterpret_cast<const uint4*>(from.at + i * TileRows<D>::kStride + lane % kChunks * 8);
-}
-
-/// Turns row h of a lane's C tiles back by the rotary angles of row n[h].
-template <int D>
-__device__ void turn_back(float (&x)[D / 8][4], const AttentionCall<Number>& m, Index n0, Index n1,
-                          int lane) {
-  const Index n[2] = {n0, n1};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float* angles = m.rope + static_cast<Index>(m.ids[4 * n[h] + 1]) * D + lane % 4 * 2;
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      const float2 cosine = *reinterpret_cast<const float2*>(angles + 8 * c),
-                   sine = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * c);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float &left = x[c][2 * h + i], &right = x[c + D / 16][2 * h + i];
-        const float a = left, b = right, cos = i == 0 ? cosine.x : cosine.y,
-                    sin = i == 0 ? sine.x : sine.y;
-        left = a * cos + b * sin;
-        right = b * cos - a * sin;
-      }
-    }
-  }
 }
 
 /// 128 queries of one head, 32 a warp; keys and values pass in tiles of Size, the next on its way
@@ -695,6 +645,20 @@ unsigned blocks_of(std::int64_t rows, int size) {
   return static_cast<unsigned>(ceil_div<Index>(rows, size));
 }
 
+/// True when attention_forward_90a.cu and attention_backward_90a.cu serve the call.
+bool by_warpgroups([[maybe_unused]] int device, [[maybe_unused]] ConstTensor qkv,
+                   [[maybe_unused]] const Sequences& s, [[maybe_unused]] Heads heads) {
+#ifdef MIXLORA_WARPGROUPS
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attributes");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "attributes");
+  return major == 9 && minor == 0 && qkv.dtype == DType::bf16 && heads.head_dim == 128 &&
+         s.max_prefix == 0;
+#else
+  return false;
+#endif
+}
+
 template <class F> bool with_head(DType type, std::int64_t head_dim, F&& f) {
   if (type != DType::bf16) return false;
   if (head_dim == 64)
@@ -718,6 +682,10 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
     auto c = call_of<Number>(qkv, s, heads);
     c.out = data<Number>(o);
     c.lse = data<float>(lse);
+#ifdef MIXLORA_WARPGROUPS
+    if (by_warpgroups(device_, qkv, s, heads))
+      return warpgroup_forward(c, qkv.rows(), s.max_length, processors_, stream_);
+#endif
     const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
     constexpr int kBytes = TileRows<d()>::bytes(kQueries + 4 * kSeenKeys);
     if (few_keys(s, kFewSeenKeys) || !gives(device_, kBytes))
@@ -771,6 +739,10 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
       c.rope = data<float>(table);
       c.ids = data<std::int32_t>(ids);
     }
+#ifdef MIXLORA_WARPGROUPS
+    if (by_warpgroups(device_, qkv, s, heads))
+      return warpgroup_backward(c, qkv.rows(), s.max_length, processors_, stream_);
+#endif
     const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
     constexpr int kBytes = TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys);
     if (few_keys(s, kFewMetKeys) || !gives(device_, kBytes))

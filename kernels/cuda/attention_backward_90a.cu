@@ -1,0 +1,451 @@
+// Attention's backward by warpgroups: one kernel by queries for d_q, one by keys for d_k and d_v.
+#include <algorithm>
+
+#include "kernels/cuda/attention_warpgroup.cuh"
+#include "kernels/cuda/tiles.cuh"
+
+namespace mixlora::cuda {
+namespace {
+
+constexpr int kMet = 64, kStages = 3;  // rows of a tile that passes, and how many are held
+constexpr int kOwnTile = tile_bytes(kBlockRows), kMetTile = tile_bytes(kMet);
+constexpr int kHelpers = 3;  // warps of the fetching group that do not fetch tiles
+
+struct QueryRoom {
+  std::byte queries[2][kOwnTile], d_out[2][kOwnTile], keys[kStages][kMetTile],
+      values[kStages][kMetTile];
+  float lse[2][kBlockRows], mean[2][kBlockRows];  // lse: to base 2
+  Barrier own_here[2], own_free[2], rows_here[2], met_here[kStages], met_free[kStages];
+};
+struct KeyRoom {
+  std::byte keys[2][kOwnTile], values[2][kOwnTile], queries[kStages][kMetTile],
+      d_out[kStages][kMetTile];
+  float lse[kStages][kMet], mean[kStages][kMet];  // of the queries; lse: infinite where none is
+  Barrier own_here[2], own_free[2], met_here[kStages], met_free[kStages];
+};
+/// Registers of a thread that fetches and of one that multiplies: 65,536 a processor in all.
+constexpr int kQueryFetch = 88, kQueryMultiply = 208, kKeyFetch = 24, kKeyMultiply = 240;
+
+/// Arrives for a tile that this group does not need, when it is here.
+template <class Room> __device__ void pass(Room& room, Turn<kStages>& met) {
+  wait(&room.met_here[met.stage], met.parity);
+  warp_arrives(&room.met_free[met.stage]);
+  met.next();
+}
+/// Position, in steps of 64, of a user's rows in their sequence: the tile that they see in part.
+__device__ inline int diagonal(const Walk& w, int group) { return kUsers * w.tile + group; }
+__device__ inline int warp_row(int group) {
+  return group * kGroupRows + static_cast<int>(threadIdx.x) % kGroup / kWarp * 16;
+}
+
+// ---- d_q -----------------------------------------------------------------------------------
+
+__device__ inline int key_tiles(const Walk& w) {
+  return min(kUsers * (w.tile + 1), ceil_div(w.s.length, kMet));
+}
+
+__device__ void fetch_for_queries(QueryRoom& room, const CUtensorMap& qkv, const CUtensorMap& d_o,
+                                  const AttentionCall<Number>& m, int pairs) {
+  Turn<2> own;
+  Turn<kStages> met;
+  for (Walk w; w.next(m, m.heads, pairs); own.next()) {
+    const int row = w.s.begin + w.first(), kv = m.kv_of(w.head);
+    Barrier* here = &room.own_here[own.stage];
+    wait(&room.own_free[own.stage], own.parity ^ 1);
+    arrive_expecting(here, 2 * kOwnTile);
+    fetch_tile<kBlockRows>(shared_address(room.queries[own.stage]), qkv, w.head * kTileColumns, row,
+                           here);
+    fetch_tile<kBlockRows>(shared_address(room.d_out[own.stage]), d_o, w.head * kTileColumns, row,
+                           here);
+    const int count = key_tiles(w);
+    for (int t = 0; t < count; ++t, met.next()) {
+      here = &room.met_here[met.stage];
+      wait(&room.met_free[met.stage], met.parity ^ 1);
+      arrive_expecting(here, 2 * kMetTile);
+      fetch_tile<kMet>(shared_address(room.keys[met.stage]), qkv, (m.heads + kv) * kTileColumns,
+                       w.s.begin + t * kMet, here);
+      fetch_tile<kMet>(shared_address(room.values[met.stage]), qkv,
+                       (m.heads + m.kv_heads + kv) * kTileColumns, w.s.begin + t * kMet, here);
+    }
+  }
+}
+
+/// lse and d_o . o of the queries, by the helping warps; 16 lanes a row, many rows on their way.
+__device__ void prepare_rows(QueryRoom& room, const AttentionCall<Number>& m, int pairs,
+                             int helper) {
+  constexpr int kAtOnce = 8, kStep = 2 * kHelpers;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, chunk = lane % 16;
+  Turn<2> own;
+  for (Walk w; w.next(m, m.heads, pairs); own.next()) {
+    const Index at = (w.s.begin + w.first()) * static_cast<Index>(m.heads) + w.head;  // of row 0
+    const int rows = min(kBlockRows, w.s.length - w.first());
+    wait(&room.own_here[own.stage], own.parity);
+    for (int r = 2 * helper + lane / 16; r < kBlockRows; r += kAtOnce * kStep) {
+      uint4 o[kAtOnce];
+      float lse[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Index n = at + static_cast<Index>(min(r + i * kStep, rows - 1)) * m.heads;
+        o[i] = *reinterpret_cast<const uint4*>(m.o + n * kTileColumns + chunk * 8);
+        lse[i] = m.lse[n];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = r + i * kStep;
+        const uint4 g = *reinterpret_cast<const uint4*>(
+            room.d_out[own.stage] + place_in_tile(kBlockRows, min(row, kBlockRows - 1), chunk));
+        const unsigned x[4] = {o[i].x, o[i].y, o[i].z, o[i].w}, y[4] = {g.x, g.y, g.z, g.w};
+        float sum = 0;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum += low(x[c]) * low(y[c]) + high(x[c]) * high(y[c]);
+#pragma unroll
+        for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+        if (chunk == 0 && row < rows) {
+          room.lse[own.stage][row] = lse[i] * kLog2E;
+          room.mean[own.stage][row] = sum;
+          m.mean[at + static_cast<Index>(row) * m.heads] = sum;
+        }
+      }
+    }
+    warp_arrives(&room.rows_here[own.stage]);
+  }
+}
+
+__device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number>& m, int pairs,
+                                     int group) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, row = warp_row(group) + lane / 4;
+  const float to_log2 = m.root * kLog2E;
+  Turn<2> own;
+  Turn<kStages> met;
+  for (Walk w; w.next(m, m.heads, pairs); own.next()) {
+    const int count = key_tiles(w), last = diagonal(w, group);
+    wait(&room.own_here[own.stage], own.parity);
+    if (last >= count) {  // no rows of this group
+      for (int t = 0; t < count; ++t) pass(room, met);
+      warp_arrives(&room.own_free[own.stage]);
+      continue;
+    }
+    wait(&room.rows_here[own.stage], own.parity);
+    const std::uint32_t offset = group * kGroupRows * kRowBytes,
+                        queries = shared_address(room.queries[own.stage]) + offset,
+                        d_out = shared_address(room.d_out[own.stage]) + offset;
+    float lse[2], mean[2], d_q[16][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      lse[h] = room.lse[own.stage][row + 8 * h];
+      mean[h] = room.mean[own.stage][row + 8 * h];
+    }
+    int before = 0;  // the stage that the products under way read
+    wait(&room.met_here[met.stage], met.parity);
+    for (int t = 0; t <= last; ++t) {
+      const int stage = met.stage;
+      met.next();
+      float score[kMet / 8][4], d_p[kMet / 8][4];
+      products_begin();
+      multiply_rows<kBlockRows, kMet>(score, queries, shared_address(room.keys[stage]));
+      products_commit();
+      multiply_rows<kBlockRows, kMet>(d_p, d_out, shared_address(room.values[stage]));
+      products_commit();
+      products_wait<1>();
+      changed(score);
+      if (t > 0) warp_arrives(&room.met_free[before]);
+      before = stage;
+#pragma unroll
+      for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          score[n][i] = power_of_two(score[n][i] * to_log2 - lse[i / 2]);
+      changed(score);
+      // A branch, or the assembler moves the exponentials behind the wait.
+      if (t < last) wait(&room.met_here[met.stage], met.parity);
+      products_wait<0>();
+      changed(d_p);
+      if (t == last) {
+#pragma unroll
+        for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (8 * n + lane % 4 * 2 + i % 2 > row - group * kGroupRows + i / 2 * 8)
+              score[n][i] = 0;
+      }
+      unsigned d_s[kMet / 8][2];
+#pragma unroll
+      for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          d_s[n][h] = pack2(score[n][2 * h] * (d_p[n][2 * h] - mean[h]),
+                            score[n][2 * h + 1] * (d_p[n][2 * h + 1] - mean[h]));
+      products_begin();
+      multiply_packed<kMet>(d_q, d_s, shared_address(room.keys[stage]), t > 0);
+      products_commit();
+    }
+    products_wait<0>();
+    changed(d_q);
+    warp_arrives(&room.met_free[before]);
+    for (int t = last + 1; t < count; ++t) pass(room, met);
+
+    if (m.rope != nullptr) {
+      const int i = w.first() + row, end = w.s.length - 1;
+      turn_back<kTileColumns>(d_q, m, w.s.begin + min(i, end), w.s.begin + min(i + 8, end), lane);
+    }
+    meet_group(1 + group);  // the group's queries are read: d_q goes out through their rows
+    stage_rows(room.queries[own.stage], group, d_q, m.root, m.root);
+    copy_rows_out(m.d_qkv + (w.s.begin + w.first()) * m.width() + w.head * kTileColumns, m.width(),
+                  room.queries[own.stage], group, w.s.length - w.first());
+    fence_to_engines();
+    warp_arrives(&room.own_free[own.stage]);
+  }
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    warpgroup_d_query(const __grid_constant__ CUtensorMap qkv,
+                      const __grid_constant__ CUtensorMap d_o,
+                      const __grid_constant__ AttentionCall<Number> m, int pairs) {
+  extern __shared__ __align__(1024) std::byte shared[];
+  QueryRoom& room = *reinterpret_cast<QueryRoom*>(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&room.own_here[i], 1);
+      barrier_init(&room.own_free[i], kUserWarps);
+      barrier_init(&room.rows_here[i], kHelpers);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&room.met_here[i], 1);
+      barrier_init(&room.met_free[i], kUserWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kGroup, 0);
+  if (group == 0) {
+    give_registers<kQueryFetch>();
+    const int warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarp, 0);
+    if (warp > 0)
+      prepare_rows(room, m, pairs, warp - 1);
+    else if (threadIdx.x == 0)
+      fetch_for_queries(room, qkv, d_o, m, pairs);
+  } else {
+    take_registers<kQueryMultiply>();
+    multiply_for_queries(room, m, pairs, group - 1);
+  }
+}
+
+// ---- d_k, d_v ------------------------------------------------------------------------------
+
+/// The query tiles that a tile of keys meets: of each query head of its group, those from `from` on.
+struct Meeting {
+  int from, each, count;
+  __device__ Meeting(const Walk& w, const AttentionCall<Number>& m)
+      : from(kUsers * w.tile),
+        each(ceil_div(w.s.length, kMet) - from),
+        count(each * (m.heads / m.kv_heads)) {}
+  __device__ int tile(int j) const { return from + j % each; }
+  __device__ int head(int j, const Walk& w, const AttentionCall<Number>& m) const {
+    return w.head * (m.heads / m.kv_heads) + j / each;
+  }
+};
+
+__device__ void fetch_for_keys(KeyRoom& room, const CUtensorMap& qkv, const CUtensorMap& d_o,
+                               const AttentionCall<Number>& m, int pairs) {
+  Turn<2> own;
+  Turn<kStages> met;
+  for (Walk w; w.next(m, m.kv_heads, pairs); own.next()) {
+    const int row = w.s.begin + w.first();
+    Barrier* here = &room.own_here[own.stage];
+    wait(&room.own_free[own.stage], own.parity ^ 1);
+    arrive_expecting(here, 2 * kOwnTile);
+    fetch_tile<kBlockRows>(shared_address(room.keys[own.stage]), qkv,
+                           (m.heads + w.head) * kTileColumns, row, here);
+    fetch_tile<kBlockRows>(shared_address(room.values[own.stage]), qkv,
+                           (m.heads + m.kv_heads + w.head) * kTileColumns, row, here);
+    const Meeting meeting(w, m);
+    for (int j = 0; j < meeting.count; ++j, met.next()) {
+      const int column = meeting.head(j, w, m) * kTileColumns,
+                query = w.s.begin + meeting.tile(j) * kMet;
+      here = &room.met_here[met.stage];
+      wait(&room.met_free[met.stage], met.parity ^ 1);
+      arrive_expecting(here, 2 * kMetTile);
+      fetch_tile<kMet>(shared_address(room.queries[met.stage]), qkv, column, query, here);
+      fetch_tile<kMet>(shared_address(room.d_out[met.stage]), d_o, column, query, here);
+    }
+  }
+}
+
+/// lse and d_o . o of the queries of every tile that falls to the helping warp's own stage.
+__device__ void fetch_rows(KeyRoom& room, const AttentionCall<Number>& m, int pairs, int helper) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  Turn<kStages> met;
+  for (Walk w; w.next(m, m.kv_heads, pairs);) {
+    const Meeting meeting(w, m);
+    for (int j = 0; j < meeting.count; ++j, met.next()) {
+      if (met.stage != helper) continue;
+      const int i = meeting.tile(j) * kMet, head = meeting.head(j, w, m);
+      float lse[2], mean[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = i + half * kWarp + lane;
+        const bool there = r < w.s.length;
+        const Index n = (w.s.begin + static_cast<Index>(there ? r : i)) * m.heads + head;
+        lse[half] = there ? m.lse[n] * kLog2E : INFINITY;
+        mean[half] = there ? m.mean[n] : 0.0F;
+      }
+      wait(&room.met_free[met.stage], met.parity ^ 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        room.lse[met.stage][half * kWarp + lane] = lse[half];
+        room.mean[met.stage][half * kWarp + lane] = mean[half];
+      }
+      warp_arrives(&room.met_here[met.stage]);
+    }
+  }
+}
+
+__device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m, int pairs,
+                                  int group) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, row = warp_row(group) + lane / 4;
+  const float to_log2 = m.root * kLog2E;
+  Turn<2> own;
+  Turn<kStages> met;
+  for (Walk w; w.next(m, m.kv_heads, pairs); own.next()) {
+    const Meeting meeting(w, m);
+    const int first = diagonal(w, group);  // queries before see none of the group's keys
+    wait(&room.own_here[own.stage], own.parity);
+    if (first >= meeting.from + meeting.each) {  // no rows of this group
+      for (int j = 0; j < meeting.count; ++j) pass(room, met);
+      warp_arrives(&room.own_free[own.stage]);
+      continue;
+    }
+    const std::uint32_t offset = group * kGroupRows * kRowBytes,
+                        keys = shared_address(room.keys[own.stage]) + offset,
+                        values = shared_address(room.values[own.stage]) + offset;
+    float d_k[16][4], d_v[16][4];
+    bool begun = false;
+    for (int j = 0; j < meeting.count; ++j) {
+      const int tile = meeting.tile(j);
+      if (tile < first) {
+        pass(room, met);
+        continue;
+      }
+      const int stage = met.stage;
+      wait(&room.met_here[stage], met.parity);
+      met.next();
+      const std::uint32_t queries = shared_address(room.queries[stage]),
+                          d_out = shared_address(room.d_out[stage]);
+      // Rows are keys, columns queries.
+      float score[kMet / 8][4], d_p[kMet / 8][4];
+      products_begin();
+      multiply_rows<kBlockRows, kMet>(score, keys, queries);
+      products_commit();
+      multiply_rows<kBlockRows, kMet>(d_p, values, d_out);
+      products_commit();
+      products_wait<1>();
+      changed(score);
+      unsigned p[kMet / 8][2], d_s[kMet / 8][2];
+#pragma unroll
+      for (int n = 0; n < kMet / 8; ++n) {
+        const float2 lse =
+            *reinterpret_cast<const float2*>(room.lse[stage] + 8 * n + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          score[n][i] = power_of_two(score[n][i] * to_log2 - (i % 2 == 0 ? lse.x : lse.y));
+      }
+      if (tile == first) {
+#pragma unroll
+        for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (8 * n + lane % 4 * 2 + i % 2 < row - group * kGroupRows + i / 2 * 8)
+              score[n][i] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) p[n][h] = pack2(score[n][2 * h], score[n][2 * h + 1]);
+      products_begin();
+      multiply_packed<kMet>(d_v, p, d_out, begun);
+      products_commit();
+      products_wait<1>();
+      changed(d_p);
+#pragma unroll
+      for (int n = 0; n < kMet / 8; ++n) {
+        const float2 mean =
+            *reinterpret_cast<const float2*>(room.mean[stage] + 8 * n + lane % 4 * 2);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          d_s[n][h] = pack2(score[n][2 * h] * (d_p[n][2 * h] - mean.x),
+                            score[n][2 * h + 1] * (d_p[n][2 * h + 1] - mean.y));
+      }
+      products_begin();
+      multiply_packed<kMet>(d_k, d_s, queries, begun);
+      products_commit();
+      begun = true;
+      products_wait<0>();
+      changed(d_k);
+      changed(d_v);
+      warp_arrives(&room.met_free[stage]);
+    }
+
+    const int rows = w.s.length - w.first();
+    if (m.rope != nullptr) {
+      const int begin = w.s.begin + w.first();
+      turn_back<kTileColumns>(d_k, m, begin + min(row, rows - 1), begin + min(row + 8, rows - 1),
+                              lane);
+    }
+    meet_group(1 + group);  // the group's keys and values are read: the results go out there
+    stage_rows(room.keys[own.stage], group, d_k, m.root, m.root);
+    stage_rows(room.values[own.stage], group, d_v, 1.0F, 1.0F);
+    Number* out =
+        m.d_qkv + (w.s.begin + w.first()) * m.width() + (m.heads + w.head) * kTileColumns;
+    copy_rows_out(out, m.width(), room.keys[own.stage], group, rows);
+    copy_rows_out(out + m.kv_heads * kTileColumns, m.width(), room.values[own.stage], group, rows);
+    fence_to_engines();
+    warp_arrives(&room.own_free[own.stage]);
+  }
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    warpgroup_d_key_value(const __grid_constant__ CUtensorMap qkv,
+                          const __grid_constant__ CUtensorMap d_o,
+                          const __grid_constant__ AttentionCall<Number> m, int pairs) {
+  extern __shared__ __align__(1024) std::byte shared[];
+  KeyRoom& room = *reinterpret_cast<KeyRoom*>(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&room.own_here[i], 1);
+      barrier_init(&room.own_free[i], kUserWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&room.met_here[i], 2);  // the tiles' bytes, the rows' numbers
+      barrier_init(&room.met_free[i], kUserWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kGroup, 0);
+  if (group == 0) {
+    give_registers<kKeyFetch>();
+    const int warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarp, 0);
+    if (warp > 0)
+      fetch_rows(room, m, pairs, warp - 1);
+    else if (threadIdx.x == 0)
+      fetch_for_keys(room, qkv, d_o, m, pairs);
+  } else {
+    take_registers<kKeyMultiply>();
+    multiply_for_keys(room, m, pairs, group - 1);
+  }
+}
+
+}  // namespace
+
+void warpgroup_backward(const AttentionCall<Number>& c, Index rows, Index max_length,
+                        int processors, cudaStream_t stream) {
+  const int pairs = static_cast<int>(ceil_div<Index>(max_length, 2 * kBlockRows));
+  const CUtensorMap qkv = map_of(c.qkv, rows, c.width()),
+                    d_o = map_of(c.d_o, rows, static_cast<Index>(c.heads) * kTileColumns);
+  launch_walk(warpgroup_d_query, c, c.heads, pairs, processors, static_cast<int>(sizeof(QueryRoom)),
+              stream, qkv, d_o, c, pairs);
+  launch_walk(warpgroup_d_key_value, c, c.kv_heads, pairs, processors,
+              static_cast<int>(sizeof(KeyRoom)), stream, qkv, d_o, c, pairs);
+}
+
+}  // namespace mixlora::cuda
