@@ -17,7 +17,9 @@ template <class T> struct AttentionCall {
   bool prefixes;
   float root;  // 1 / sqrt(D)
 
-  __host__ __device__ Index width() const { return static_cast<Index>(heads + 2 * kv_heads) * head_dim; }
+  __host__ __device__ Index width() const {
+    return static_cast<Index>(heads + 2 * kv_heads) * head_dim;
+  }
   __device__ int kv_of(int head) const { return head / (heads / kv_heads); }
   __device__ const T* query(Index n, int head) const { return qkv + n * width() + head * head_dim; }
   __device__ const T* key(Index n, int kv) const { return query(n, heads + kv); }
@@ -57,8 +59,8 @@ __device__ void turn_back(float (&x)[D / 8][4], const AttentionCall<Number>& m, 
   }
 }
 
-/// The kernels for compute capability 9.0: heads of 128, no prefixes; in builds for it alone. `rows`
-/// of qkv; the device has so many processors. Backward's c.mean is room for d_o . o.
+/// The kernels for compute capability 9.0: heads of 128, no prefixes; in builds for it alone.
+/// `rows` of qkv; the device has so many processors. Backward's c.mean is room for d_o . o.
 void warpgroup_forward(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
                        cudaStream_t stream);
 void warpgroup_backward(const AttentionCall<Number>& c, Index rows, Index max_length,

@@ -153,8 +153,7 @@ __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number
 #pragma unroll
       for (int n = 0; n < kMet / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          score[n][i] = power_of_two(score[n][i] * to_log2 - lse[i / 2]);
+        for (int i = 0; i < 4; ++i) score[n][i] = power_of_two(score[n][i] * to_log2 - lse[i / 2]);
       changed(score);
       // A branch, or the assembler moves the exponentials behind the wait.
       if (t < last) wait(&room.met_here[met.stage], met.parity);
@@ -232,7 +231,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // ---- d_k, d_v ------------------------------------------------------------------------------
 
-/// The query tiles that a tile of keys meets: of each query head of its group, those from `from` on.
+/// The query tiles that a tile of keys meets: of each query head of its group, those from `from`
+/// on.
 struct Meeting {
   int from, each, count;
   __device__ Meeting(const Walk& w, const AttentionCall<Number>& m)
@@ -343,8 +343,7 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
       unsigned p[kMet / 8][2], d_s[kMet / 8][2];
 #pragma unroll
       for (int n = 0; n < kMet / 8; ++n) {
-        const float2 lse =
-            *reinterpret_cast<const float2*>(room.lse[stage] + 8 * n + lane % 4 * 2);
+        const float2 lse = *reinterpret_cast<const float2*>(room.lse[stage] + 8 * n + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           score[n][i] = power_of_two(score[n][i] * to_log2 - (i % 2 == 0 ? lse.x : lse.y));
@@ -394,8 +393,7 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
     meet_group(1 + group);  // the group's keys and values are read: the results go out there
     stage_rows(room.keys[own.stage], group, d_k, m.root, m.root);
     stage_rows(room.values[own.stage], group, d_v, 1.0F, 1.0F);
-    Number* out =
-        m.d_qkv + (w.s.begin + w.first()) * m.width() + (m.heads + w.head) * kTileColumns;
+    Number* out = m.d_qkv + (w.s.begin + w.first()) * m.width() + (m.heads + w.head) * kTileColumns;
     copy_rows_out(out, m.width(), room.keys[own.stage], group, rows);
     copy_rows_out(out + m.kv_heads * kTileColumns, m.width(), room.values[own.stage], group, rows);
     fence_to_engines();

@@ -12,8 +12,8 @@ namespace mixlora::cuda {
 constexpr int kUsers = 2, kGroupRows = 64, kBlockRows = kUsers * kGroupRows;
 constexpr int kUserWarps = kUsers * kGroup / kWarp, kBlockThreads = (kUsers + 1) * kGroup;
 
-/// A block's tiles. A causal row meets as many others as its position says, so tiles go in pairs, the
-/// last of a sequence with its first: pairs of one sequence length are equally long.
+/// A block's tiles. A causal row meets as many others as its position says, so tiles go in pairs,
+/// the last of a sequence with its first: pairs of one sequence length are equally long.
 struct Walk {
   int at = static_cast<int>(blockIdx.x), tile = 0, head = 0;
   bool second = false;
@@ -44,8 +44,8 @@ struct Walk {
   __device__ int first() const { return tile * kBlockRows; }
 };
 
-/// Packs 64 rows of C tiles into rows [64 group, ...) of a tile of 128, each warp its 16; row h of a
-/// lane times by[h].
+/// Packs 64 rows of C tiles into rows [64 group, ...) of a tile of 128, each warp its 16; row h of
+/// a lane times by[h].
 __device__ inline void stage_rows(std::byte* tile, int group, const float (&x)[16][4], float by0,
                                   float by1) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
