@@ -14,6 +14,12 @@ __device__ inline void fetch16(std::uint32_t to, const void* from, bool there = 
                "r"(there ? 16 : 0)
                : "memory");
 }
+/// The same by way of L1, for what neighbouring warps read too.
+__device__ inline void fetch16_near(std::uint32_t to, const void* from, bool there = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
 /// The same for four bytes.
 __device__ inline void fetch4(std::uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),

@@ -23,32 +23,45 @@ template <class T> Rows<const T> rows_of(const ConstTensor& t) {
   return {cuda::data<T>(t), t.stride};
 }
 
-/// True when every row of every view starts at a multiple of eight elements: whole chunks are then
-/// read and written by 16-byte accesses. Absent views do not count.
+/// True when every row of every view starts at a multiple of eight elements and has a multiple of
+/// eight columns: its chunks are read and written by 16-byte accesses. Absent views do not count.
 template <class... View> bool aligned(const View&... views) {
   const auto one = [](const auto& t) {
-    return (t.stride % kChunk == 0 || t.rows() <= 1) &&
+    if (!t) return true;
+    return t.cols() % kChunk == 0 && (t.stride % kChunk == 0 || t.rows() <= 1) &&
            reinterpret_cast<std::uintptr_t>(t.data) % (kChunk * size_of(t.dtype)) == 0;
   };
   return (one(views) && ...);
 }
 
-/// The first `count` (at most eight) numbers from p on, zeros behind them.
+/// The first `count` (at most eight) numbers from p on, zeros behind them. Here and below, Aligned
+/// means whole chunks at aligned addresses, whatever `count` says: no branch keeps a load from
+/// being sent behind another.
 template <bool Aligned, class T> __device__ Eight take(const T* p, int count) {
-  if (Aligned && count == kChunk) return load8(p);
-  Eight e;
+  if constexpr (Aligned) {
+    return load8(p);
+  } else {
+    Eight e;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) e.v[i] = i < count ? to_float(p[i]) : 0.0F;
-  return e;
+    for (int i = 0; i < kChunk; ++i) e.v[i] = i < count ? to_float(p[i]) : 0.0F;
+    return e;
+  }
+}
+/// The same, unpacked where it is used.
+template <bool Aligned, class T> __device__ Packed<T> take_packed(const T* p, int count) {
+  if constexpr (Aligned)
+    return load_packed(p);
+  else
+    return packed(take<false>(p, count), T{});
 }
 template <bool Aligned, class T> __device__ void put(T* p, const Eight& e, int count) {
-  if (Aligned && count == kChunk) {
+  if constexpr (Aligned) {
     store8(p, e);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    if (i < count) p[i] = from_float<T>(e.v[i]);
+    for (int i = 0; i < kChunk; ++i)
+      if (i < count) p[i] = from_float<T>(e.v[i]);
+  }
 }
 __device__ inline int chunk_at(Index col, Index cols) {
   return cols - col < kChunk ? static_cast<int>(cols - col) : kChunk;

@@ -112,23 +112,31 @@ __global__ void scale_backward_kernel(Rows<T> d_core, float* parts, Rows<const T
   const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
   const Eight by = cuda::take<Aligned>(scale + col, count);
   Eight sum = {};
+  cuda::Packed<T> next_g[kTogether], next_c[kTogether];
+  const auto fetch = [&](Index row) {
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      next_g[t] = cuda::take_packed<Aligned>(d_y.at(min(row + t, end - 1), col), count);
+      next_c[t] = cuda::take_packed<Aligned>(core.at(min(row + t, end - 1), col), count);
+    }
+  };
+  fetch(begin);
   for (Index row = begin; row < end; row += kTogether) {
-    Eight g[kTogether], c[kTogether];
+    cuda::Packed<T> now_g[kTogether], now_c[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) now_g[t] = next_g[t], now_c[t] = next_c[t];
+    fetch(row + kTogether);
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
       if (row + t < end) {
-        g[t] = cuda::take<Aligned>(d_y.at(row + t, col), count);
-        c[t] = cuda::take<Aligned>(core.at(row + t, col), count);
-      }
-#pragma unroll
-    for (int t = 0; t < kTogether; ++t)
-      if (row + t < end) {
+        Eight g = cuda::unpacked(now_g[t]);
+        const Eight c = cuda::unpacked(now_c[t]);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          sum.v[i] += g[t].v[i] * c[t].v[i];
-          g[t].v[i] *= by.v[i];
+          sum.v[i] += g.v[i] * c.v[i];
+          g.v[i] *= by.v[i];
         }
-        cuda::put<Aligned>(d_core.at(row + t, col), g[t], count);
+        cuda::put<Aligned>(d_core.at(row + t, col), g, count);
       }
   }
 #pragma unroll

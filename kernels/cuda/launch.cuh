@@ -54,13 +54,19 @@ template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 struct Eight {
   float v[8];
 };
-__device__ inline Eight load8(const float* p) {
-  const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
-  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+/// Eight numbers as they lie in memory: in bf16 half the registers of Eight.
+template <class T> struct Packed { uint4 word[sizeof(T) / 2]; };
+__device__ inline Eight unpacked(const Packed<float>& p) {
+  Eight e;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    e.v[4 * i] = __uint_as_float(p.word[i].x), e.v[4 * i + 1] = __uint_as_float(p.word[i].y);
+    e.v[4 * i + 2] = __uint_as_float(p.word[i].z), e.v[4 * i + 3] = __uint_as_float(p.word[i].w);
+  }
+  return e;
 }
-__device__ inline Eight load8(const __nv_bfloat16* p) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
-  const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
+__device__ inline Eight unpacked(const Packed<__nv_bfloat16>& p) {
+  const unsigned word[4] = {p.word[0].x, p.word[0].y, p.word[0].z, p.word[0].w};
   Eight e;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -69,6 +75,13 @@ __device__ inline Eight load8(const __nv_bfloat16* p) {
   }
   return e;
 }
+template <class T> __device__ Packed<T> load_packed(const T* p) {
+  Packed<T> x;
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / 2; ++i) x.word[i] = reinterpret_cast<const uint4*>(p)[i];
+  return x;
+}
+template <class T> __device__ Eight load8(const T* p) { return unpacked(load_packed(p)); }
 __device__ inline void store8(float* p, const Eight& e) {
   *reinterpret_cast<float4*>(p) = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
   *reinterpret_cast<float4*>(p + 4) = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
@@ -81,6 +94,19 @@ __device__ inline unsigned pack2(float low, float high) {
 __device__ inline void store8(__nv_bfloat16* p, const Eight& e) {
   *reinterpret_cast<uint4*>(p) = make_uint4(pack2(e.v[0], e.v[1]), pack2(e.v[2], e.v[3]),
                                             pack2(e.v[4], e.v[5]), pack2(e.v[6], e.v[7]));
+}
+
+__device__ inline Packed<float> packed(const Eight& e, float /*type*/) {
+  Packed<float> p;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    p.word[i] = make_uint4(__float_as_uint(e.v[4 * i]), __float_as_uint(e.v[4 * i + 1]),
+                           __float_as_uint(e.v[4 * i + 2]), __float_as_uint(e.v[4 * i + 3]));
+  return p;
+}
+__device__ inline Packed<__nv_bfloat16> packed(const Eight& e, __nv_bfloat16 /*type*/) {
+  return {{make_uint4(pack2(e.v[0], e.v[1]), pack2(e.v[2], e.v[3]), pack2(e.v[4], e.v[5]),
+                      pack2(e.v[6], e.v[7]))}};
 }
 
 /// Sums over a warp; every lane gets the result. The order is fixed.

@@ -17,7 +17,7 @@ template <int C, bool Factors> struct Stage {
 
 /// grid (experts, columns / 32, C): a block has 32 columns of one expert and 16 of its ranks, its
 /// warps share the expert's rows. Adds to the gradients.
-template <int C, bool Scaled, bool Factors>
+template <int C, bool Scaled, bool Factors, bool Whole>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
     columns_kernel(const TileCall m, const TileRoom room) {
   extern __shared__ __align__(16) std::byte shared[];
@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank;
   const int e = static_cast<int>(blockIdx.x), mine = static_cast<int>(blockIdx.z);
   const int f0 = static_cast<int>(blockIdx.y) * kColumns, col = f0 + 8 * q;
-  const bool down = m.down_a != nullptr && m.q != nullptr;
-  const bool drops = m.threshold != 0 && down;
+  const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
+             down = Whole || (m.down_a != nullptr && m.q != nullptr);
+  const bool drops = Whole || (m.threshold != 0 && down);
+  const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   const int begin = m.pairs != nullptr ? m.pair_begin[e] : 0;
   const int end = m.pairs != nullptr ? m.pair_begin[e + 1] : static_cast<int>(m.rows);
@@ -42,8 +44,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   const Index column = static_cast<Index>(e) * width + f0;
   const std::uint32_t factors = shared_address(shared), own_row = factor_row(lane);
   if (Factors && warp == 0) {
-    if (m.gate_b != nullptr) fetch_factor<C>(factors, m.gate_b + column * rank, rank, lane);
-    if (m.up_b != nullptr) fetch_factor<C>(factors + kFactor, m.up_b + column * rank, rank, lane);
+    if (gate_too) fetch_factor<C>(factors, m.gate_b + column * rank, rank, lane);
+    if (up_too) fetch_factor<C>(factors + kFactor, m.up_b + column * rank, rank, lane);
     if (down) fetch_factor<C>(factors + 2 * kFactor, room.down_t + column * rank, rank, lane);
     fetch_commit();
     fetch_wait<0>();
@@ -75,12 +77,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
     int k = 0;
     if (m.pairs != nullptr) {
       const int pair = m.pairs[safe];
-      r.row = m.slots == 1 ? pair : pair / m.slots;
+      r.row = Whole ? pair >> (m.slots - 1) : pair / m.slots;
       k = pair - r.row * m.slots;
       r.slot_row = r.row;
     }
-    if (m.per_slot) r.slot_row += k * static_cast<int>(m.rows);
-    if (at < end) r.weight = m.per_slot ? 1.0F : m.weight_of(r.row, k);
+    if (per_slot) r.slot_row += k * static_cast<int>(m.rows);
+    if (at < end) r.weight = per_slot ? 1.0F : m.weight_of(r.row, k);
     return r;
   };
   const auto fetch = [&](int stage, const Row& own) {
@@ -88,28 +90,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
     const std::uint32_t piece = at + static_cast<std::uint32_t>(16 * lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Index row = __shfl_sync(kAll, own.row, g + 8 * h),
-                  slot_row = __shfl_sync(kAll, own.slot_row, g + 8 * h);
-      const Number* from = m.gate_up + row * 2 * width + col;
+      const int row = __shfl_sync(kAll, own.row, g + 8 * h),
+                slot_row = __shfl_sync(kAll, own.slot_row, g + 8 * h);
+      const Number* from = m.gate_up + (row * 2 * width + col);
       fetch16(piece + static_cast<std::uint32_t>(h * kPiece), from);
       fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
       fetch16(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
-              m.d_out + slot_row * width + col);
+              m.d_out + (slot_row * width + col));
     }
     if constexpr (Factors) {
-      const Index row = __shfl_sync(kAll, own.row, lane / 2),
-                  slot_row = __shfl_sync(kAll, own.slot_row, lane / 2);
-      const Number* a = m.a + (row * 2 * m.experts + e) * rank;
+      const int row = __shfl_sync(kAll, own.row, lane / 2),
+                slot_row = __shfl_sync(kAll, own.slot_row, lane / 2);
+      const Number* a = m.a + ((row * 2 * m.experts + e) * rank);
       const std::uint32_t ranks = at + static_cast<std::uint32_t>(S::kRanks);
-      if (m.gate_b != nullptr) fetch_ranks<C>(ranks, a, rank, lane);
-      if (m.up_b != nullptr)
-        fetch_ranks<C>(ranks + S::kTile, a + static_cast<Index>(m.experts) * rank, rank, lane);
+      if (gate_too) fetch_ranks<C>(ranks, a, rank, lane);
+      if (up_too) fetch_ranks<C>(ranks + S::kTile, a + m.experts * rank, rank, lane);
       if (down)
-        fetch_ranks<C>(ranks + 2 * S::kTile, m.q + (slot_row * m.experts + e) * rank, rank, lane);
+        fetch_ranks<C>(ranks + 2 * S::kTile, m.q + ((slot_row * m.experts + e) * rank), rank, lane);
     }
     if (drops && lane < kRows)
-      fetch16(at + static_cast<std::uint32_t>(S::kIds + 16 * lane),
-              m.ids + 4 * static_cast<Index>(own.row));
+      fetch16(at + static_cast<std::uint32_t>(S::kIds + 16 * lane), m.ids + 4 * own.row);
   };
 
   const int step = warps * kRows;
@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
         ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kRanks) + own_rank_row;
     const float weight[2] = {__shfl_sync(kAll, weight_here, g),
                              __shfl_sync(kAll, weight_here, g + 8)};
+    const float whole_scale[2] = {weight[0] * keep_scale, weight[1] * keep_scale};
     Philox4 bits[2] = {};
     if (drops)
 #pragma unroll
@@ -148,8 +149,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
     unsigned a1_t[4], a3_t[4], q_t[4];
     if constexpr (Factors) {
       const std::uint32_t own = ranks + static_cast<std::uint32_t>(mine * kPiece);
-      if (m.gate_b != nullptr) read_matrices_trans(a1_t, own);
-      if (m.up_b != nullptr) read_matrices_trans(a3_t, own + S::kTile);
+      if (gate_too) read_matrices_trans(a1_t, own);
+      if (up_too) read_matrices_trans(a3_t, own + S::kTile);
       if (down) read_matrices_trans(q_t, own + 2 * S::kTile);
     }
     const auto add = [&](float(&to)[2][4], int which, int pair) {
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
       start(v, read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane));
       start(from_out, read_piece(here, 4, pair, lane), read_piece(here, 5, pair, lane));
       if constexpr (Factors) {
-        if (m.gate_b != nullptr) add(u, 0, pair);
-        if (m.up_b != nullptr) add(v, 1, pair);
+        if (gate_too) add(u, 0, pair);
+        if (up_too) add(v, 1, pair);
         if (down) add(d, 2, pair);
       }
       unsigned gate[2][2], up[2][2], dropped[2][2];
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int t = i / 2, at = 2 * h + i % 2;
-          float kept_scale = weight[h] * keep_scale;
+          float kept_scale = whole_scale[h];
           if (drops) kept_scale = kept(bits[h], 4 * pair + i, threshold) ? kept_scale : 0.0F;
           float gate_u = u[t][at], value = v[t][at];
           if constexpr (Scaled) gate_u *= s1[pair][i], value *= s3[pair][i];
@@ -209,9 +210,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
         mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
       };
       if constexpr (Factors) {
-        if (m.d_gate_b != nullptr) collect(gate_b[pair], gate, a1_t);
-        if (m.d_up_b != nullptr) collect(up_b[pair], up, a3_t);
-        if (m.d_down_a != nullptr && down)
+        if (Whole || m.d_gate_b != nullptr) collect(gate_b[pair], gate, a1_t);
+        if (Whole || m.d_up_b != nullptr) collect(up_b[pair], up, a3_t);
+        if (Whole || (m.d_down_a != nullptr && down))
 #pragma unroll
           for (int t = 0; t < 2; ++t)
             mma(down_a[2 * pair + t], q_t[0], q_t[2], q_t[1], q_t[3], transposed(dropped[t][0]),
@@ -271,9 +272,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
 }  // namespace
 
 void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStream_t stream) {
-  with_variant(c, 1, [&](auto chunks, auto /*slots*/, auto scaled, auto factors) {
+  with_variant(c, 1, [&](auto chunks, auto /*slots*/, auto scaled, auto factors, auto whole) {
     using S = Stage<chunks(), factors()>;
-    auto* kernel = columns_kernel<chunks(), scaled(), factors()>;
+    auto* kernel = columns_kernel<chunks(), scaled(), factors(), whole()>;
     const Fit fit =
         fit_of(reinterpret_cast<const void*>(kernel), factors() ? 3 * chunks() * kFactorBytes : 0,
                std::max(2 * S::kBytes, 16 * kWarp * 4));

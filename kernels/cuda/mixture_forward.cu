@@ -14,21 +14,27 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
 };
 
 /// grid (tiles, splits): a block has one tile of rows and its share of the columns.
-template <int C, int K, bool Scaled, bool Factors>
+template <int C, int K, bool Scaled, bool Factors, bool Whole>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
                                                      : K == 1 ? 4
                                                               : 3)
     forward_kernel(const TileCall m, const TileRoom room) {
   extern __shared__ __align__(16) std::byte shared[];
-  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
   using S = Stage<C, K, Scaled, Factors>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
             rows = static_cast<int>(m.rows);
-  const int step = static_cast<int>(blockDim.x) / kWarp * kColumns;
-  const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
-  const bool drops = m.threshold != 0 && m.down_a != nullptr;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int own_tile =
+      static_cast<int>(blockIdx.x) * (room.apart ? warps : 1) + (room.apart ? warp : 0);
+  if (own_tile >= (m.tiles != nullptr ? *m.tiles : ceil_div(rows, kRows))) return;
+  const int step = (room.apart ? 1 : warps) * kColumns;
+  const auto tile = tile_of<K>(m, own_tile, g);
+  const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
+             down = Whole || m.down_a != nullptr;
+  const bool drops = Whole || (m.threshold != 0 && down);
+  const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   std::byte* ring = shared + warp * 2 * S::kBytes;
   const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
@@ -48,8 +54,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
     expert[k] = there ? tile.expert[k] : 0;
     if constexpr (Factors) {
       const int across = 2 * m.experts * rank, at = expert[k] * rank;
-      const Number* gate = there && m.gate_b != nullptr ? m.a : nullptr;
-      const Number* up = there && m.up_b != nullptr ? m.a : nullptr;
+      const Number* gate = there && gate_too ? m.a : nullptr;
+      const Number* up = there && up_too ? m.a : nullptr;
       load_ranks<C>(a1[k], gate, tile.row[0] * across + at, tile.row[1] * across + at, rank, q);
       load_ranks<C>(a3[k], up, tile.row[0] * across + m.experts * rank + at,
                     tile.row[1] * across + m.experts * rank + at, rank, q);
@@ -65,15 +71,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
       fetch16(mine + static_cast<std::uint32_t>((2 + h) * kPiece),
               m.gate_up + (gate_up[h] + width + f0));
     }
-    fetch_slots<S, C, K, Scaled, Factors>(at, m, room, expert, f0, m.down_a != nullptr, lane);
+    fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
   };
 
   const ColumnRange range =
       columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
+  const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
   int stage = 0;
-  if (range.begin + warp * kColumns < range.end) fetch(0, range.begin + warp * kColumns);
+  if (begin < range.end) fetch(0, begin);
   fetch_commit();
-  for (int f0 = range.begin + warp * kColumns; f0 < range.end; f0 += step) {
+  for (int f0 = begin; f0 < range.end; f0 += step) {
     if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
     fetch_commit();
     Philox4 bits[K][2] = {};
@@ -87,11 +94,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
     const std::byte* here = ring + stage * S::kBytes;
     const std::uint32_t factors =
         ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kFactors) + own_row;
-    unsigned out[2][4], own[K][2][4];
+    unsigned out[2][4], own[K][2][4] = {};
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       float total[2][4] = {};
-      if (m.adds) {
+      if (!Whole && m.adds) {
         const auto old = [&](int h) {
           return load_pairs2(m.out + (tile.row[h] * width + f0 + 8 * q + 4 * pair));
         };
@@ -106,8 +113,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
         start(u, c1[0], c1[1]);
         start(v, c3[0], c3[1]);
         if constexpr (Factors) {
-          if (m.gate_b != nullptr) add_factor<C>(u, a1[k], b);
-          if (m.up_b != nullptr) add_factor<C>(v, a3[k], b + S::kTile);
+          if (gate_too) add_factor<C>(u, a1[k], b);
+          if (up_too) add_factor<C>(v, a3[k], b + S::kTile);
         }
         float s1[4], s3[4];
         if constexpr (Scaled)
@@ -124,7 +131,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
             x[i] = silu(gate).value * up;
             total[i / 2][2 * h + i % 2] += tile.weight[h][k] * x[i];
           }
-          own[k][h][2 * pair] = pack2(x[0], x[1]), own[k][h][2 * pair + 1] = pack2(x[2], x[3]);
+          if (per_slot)
+            own[k][h][2 * pair] = pack2(x[0], x[1]), own[k][h][2 * pair + 1] = pack2(x[2], x[3]);
           if (drops)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
           dropped[0][h] = pack2(x[0], x[1]), dropped[1][h] = pack2(x[2], x[3]);
         }
         if constexpr (Factors) {
-          if (m.down_a == nullptr) continue;
+          if (!down) continue;
           collect_ranks<C>(z[k], dropped, b + 2 * S::kTile);
         }
       }
@@ -145,40 +153,47 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (!tile.live[h]) continue;
-      if (!m.per_slot) {
+      if (!per_slot)
         write4(m.out + (tile.row[h] * width + f0 + 8 * q), out[h]);
-        continue;
-      }
+      else
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (tile.expert[k] < 0 && tile.weight[h][k] == 0)
-          own[k][h][0] = own[k][h][1] = own[k][h][2] = own[k][h][3] = 0;
-        write4(m.out + ((tile.slot[h][k] * rows + tile.row[h]) * width + f0 + 8 * q), own[k][h]);
-      }
+        for (int k = 0; k < K; ++k) {
+          if (tile.expert[k] < 0 && tile.weight[h][k] == 0)
+            own[k][h][0] = own[k][h][1] = own[k][h][2] = own[k][h][3] = 0;
+          write4(m.out + ((tile.slot[h][k] * rows + tile.row[h]) * width + f0 + 8 * q), own[k][h]);
+        }
     }
     __syncwarp();
     stage ^= 1;
   }
-  if (m.down_a == nullptr) return;
+  if (!down) return;
   fetch_wait<0>();
   constexpr int kSums = K * 2 * C;
-  leave_sums<kSums>(
-      room.sums + (static_cast<Index>(blockIdx.x) * gridDim.y + blockIdx.y) * kSums * kFragment,
-      reinterpret_cast<float*>(shared), reinterpret_cast<const float(&)[kSums][4]>(z));
+  float* to =
+      room.sums + (static_cast<Index>(own_tile) * gridDim.y + blockIdx.y) * kSums * kFragment;
+  const auto& mine = reinterpret_cast<const float(&)[kSums][4]>(z);
+  if (room.apart) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+      reinterpret_cast<float4*>(to)[i * kWarp + lane] =
+          make_float4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
+  } else {
+    leave_sums<kSums>(to, reinterpret_cast<float*>(shared), mine);
+  }
 }
 
 }  // namespace
 
 void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream) {
-  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors) {
+  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
-    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors()>;
+    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole()>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
                            std::max(2 * S::kBytes, 2 * k() * chunks() * kFragment * 4));
-    room.splits = splits_of(c, tiles, fit);
-    launch_warps(kernel, fit, dim3(tiles, static_cast<unsigned>(room.splits)), stream, "mixture", c,
-                 room);
+    const unsigned blocks = share(c, room, tiles, fit);
+    launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream, "mixture",
+                 c, room);
   });
 }
 

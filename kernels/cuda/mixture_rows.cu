@@ -19,22 +19,27 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
 };
 
 /// grid (tiles, splits): a block has one tile of rows and its share of the columns.
-template <int C, int K, bool Scaled, bool Factors>
+template <int C, int K, bool Scaled, bool Factors, bool Whole>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
                                                      : Scaled && K == 2 ? 2
                                                                         : 3)
     rows_kernel(const TileCall m, const TileRoom room) {
   extern __shared__ __align__(16) std::byte shared[];
-  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
   using S = Stage<C, K, Scaled, Factors>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
             rows = static_cast<int>(m.rows);
-  const int step = static_cast<int>(blockDim.x) / kWarp * kColumns;
-  const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
-  const bool down = m.down_a != nullptr && m.q != nullptr;
-  const bool drops = m.threshold != 0 && down;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int own_tile =
+      static_cast<int>(blockIdx.x) * (room.apart ? warps : 1) + (room.apart ? warp : 0);
+  if (own_tile >= (m.tiles != nullptr ? *m.tiles : ceil_div(rows, kRows))) return;
+  const int step = (room.apart ? 1 : warps) * kColumns;
+  const auto tile = tile_of<K>(m, own_tile, g);
+  const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
+             down = Whole || (m.down_a != nullptr && m.q != nullptr);
+  const bool drops = Whole || (m.threshold != 0 && down);
+  const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   const float keep_scale = m.scale * m.keep;
   std::byte* ring = shared + warp * 2 * S::kBytes;
@@ -49,7 +54,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     gate_up[h] = tile.row[h] * 2 * width + 8 * q;
 #pragma unroll
     for (int k = 0; k < S::kApart; ++k)
-      d_out[k][h] = ((m.per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h]) * width + 8 * q;
+      d_out[k][h] = ((per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h]) * width + 8 * q;
   }
   int expert[K];  // whose factors are read; of a slot without one they meet zeros
   float weight[K][2];
@@ -59,18 +64,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     expert[k] = there ? tile.expert[k] : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      weight[k][h] = !m.per_slot                        ? tile.weight[h][k]
-                     : !there && tile.weight[h][k] == 0 ? 0.0F
-                                                        : 1.0F;
+      weight[k][h] = !per_slot ? tile.weight[h][k] : !there && tile.weight[h][k] == 0 ? 0.0F : 1.0F;
     if constexpr (Factors) {
       const int across = 2 * m.experts * rank, at = expert[k] * rank;
-      const Number* gate = there && m.gate_b != nullptr ? m.a : nullptr;
-      const Number* up = there && m.up_b != nullptr ? m.a : nullptr;
+      const Number* gate = there && gate_too ? m.a : nullptr;
+      const Number* up = there && up_too ? m.a : nullptr;
       load_ranks<C>(a1[k], gate, tile.row[0] * across + at, tile.row[1] * across + at, rank, q);
       load_ranks<C>(a3[k], up, tile.row[0] * across + m.experts * rank + at,
                     tile.row[1] * across + m.experts * rank + at, rank, q);
       const auto q_of = [&](int h) {
-        const int row = (m.per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h];
+        const int row = (per_slot ? tile.slot[h][k] * rows : 0) + tile.row[h];
         return row * m.experts * rank + at;
       };
       load_ranks<C>(q_ranks[k], there && down ? m.q : nullptr, q_of(0), q_of(1), rank, q);
@@ -90,15 +93,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
         fetch16(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
                 m.d_out + (d_out[k][h] + f0));
     }
-    fetch_slots<S, C, K, Scaled, Factors>(at, m, room, expert, f0, down, lane);
+    fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
   };
 
   const ColumnRange range =
       columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
+  const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
   int stage = 0;
-  if (range.begin + warp * kColumns < range.end) fetch(0, range.begin + warp * kColumns);
+  if (begin < range.end) fetch(0, begin);
   fetch_commit();
-  for (int f0 = range.begin + warp * kColumns; f0 < range.end; f0 += step) {
+  for (int f0 = begin; f0 < range.end; f0 += step) {
     if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
     fetch_commit();
     Philox4 bits[K][2] = {};
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       float gate_sum[2][4] = {}, up_sum[2][4] = {};
-      if (m.adds) {
+      if (!Whole && m.adds) {
         const auto old = [&](int h, int up) {
           return load_pairs2(m.d_gate_up + (gate_up[h] + up * width + f0 + 4 * pair));
         };
@@ -135,8 +139,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
         start(v, c3[0], c3[1]);
         start(from_out, read_piece(here, of, pair, lane), read_piece(here, of + 1, pair, lane));
         if constexpr (Factors) {
-          if (m.gate_b != nullptr) add_factor<C>(u, a1[k], b);
-          if (m.up_b != nullptr) add_factor<C>(v, a3[k], b + S::kTile);
+          if (gate_too) add_factor<C>(u, a1[k], b);
+          if (up_too) add_factor<C>(v, a3[k], b + S::kTile);
           if (down) add_factor<C>(d, q_ranks[k], b + 2 * S::kTile);
         }
         float s1[4], s3[4];
@@ -150,27 +154,25 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int t = i / 2, at = 2 * h + i % 2;
-            float through = keep_scale * d[t][at];
+            float through = keep_scale;
             if (drops) through = kept(bits[k][h], 4 * pair + i, threshold) ? through : 0.0F;
             float gate_u = u[t][at], value = v[t][at];
             if constexpr (Scaled) gate_u *= s1[i], value *= s3[i];
             const Silu act = silu(gate_u);
             d_weight[h] += act.value * value * from_out[t][at];
-            const float d_h = weight[k][h] * (from_out[t][at] + through);
+            const float d_h = weight[k][h] * (from_out[t][at] + through * d[t][at]);
             x[i] = d_h * value * act.slope;
             y[i] = d_h * act.value;
             if constexpr (Scaled) x[i] *= s1[i], y[i] *= s3[i];
-            gate_sum[t][at] += x[i];
-            up_sum[t][at] += y[i];
+            gate_sum[t][at] = Whole && k == 0 ? x[i] : gate_sum[t][at] + x[i];
+            up_sum[t][at] = Whole && k == 0 ? y[i] : up_sum[t][at] + y[i];
           }
           gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
           up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
         }
         if constexpr (Factors) {
-          if (m.gate_b != nullptr)
-            collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p1), gate, b);
-          if (m.up_b != nullptr)
-            collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p3), up, b + S::kTile);
+          if (gate_too) collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p1), gate, b);
+          if (up_too) collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p3), up, b + S::kTile);
         }
       }
       // The lane's c1 and c3 of this pair are read: their place takes the gradients.
@@ -194,24 +196,32 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     __syncwarp();
     stage ^= 1;
   }
-  if (m.p == nullptr && m.d_weight == nullptr) return;
+  if (!Whole && m.p == nullptr && m.d_weight == nullptr) return;
   fetch_wait<0>();
-  leave_sums<S::kSums>(
-      room.sums + (static_cast<Index>(blockIdx.x) * gridDim.y + blockIdx.y) * S::kSums * kFragment,
-      reinterpret_cast<float*>(shared), sums);
+  float* to =
+      room.sums + (static_cast<Index>(own_tile) * gridDim.y + blockIdx.y) * S::kSums * kFragment;
+  const auto& mine = sums;
+  if (room.apart) {
+#pragma unroll
+    for (int i = 0; i < S::kSums; ++i)
+      reinterpret_cast<float4*>(to)[i * kWarp + lane] =
+          make_float4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
+  } else {
+    leave_sums<S::kSums>(to, reinterpret_cast<float*>(shared), mine);
+  }
 }
 
 }  // namespace
 
 void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream) {
-  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors) {
+  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
-    auto* kernel = rows_kernel<chunks(), k(), scaled(), factors()>;
+    auto* kernel = rows_kernel<chunks(), k(), scaled(), factors(), whole()>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
                            std::max(2 * S::kBytes, S::kSums * kFragment * 4));
-    room.splits = splits_of(c, tiles, fit);
-    launch_warps(kernel, fit, dim3(tiles, static_cast<unsigned>(room.splits)), stream,
+    const unsigned blocks = share(c, room, tiles, fit);
+    launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream,
                  "mixture_backward by rows", c, room);
   });
 }

@@ -260,7 +260,7 @@ Cut cut(const TileCall& c, void* room) {
 template <class F>
 TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F&& f) {
   const Cut r = cut(c, memory);
-  TileRoom room{r.down_t, r.sums, 1};
+  TileRoom room{r.down_t, r.sums, 1, false};
   if (c.down_a != nullptr) {
     turn_kernel<<<dim3(static_cast<unsigned>(c.width / kColumns), static_cast<unsigned>(c.experts)),
                   dim3(kWarp, 8), sizeof(Number) * 34 * static_cast<std::size_t>(c.rank), stream>>>(

@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels/cuda/mixture.cuh"
 #include "kernels/cuda/rank_tiles.cuh"
+#include "kernels/cuda/tiles.cuh"
 
 namespace mixlora::cuda {
 
@@ -14,6 +15,7 @@ struct TileRoom {
   const Number* down_t;
   float* sums;
   int splits;
+  bool apart;  // each warp has a tile of its own
 };
 /// Launches of one pass with `slots` slots on at most `tiles` tiles; they set `room.splits`.
 void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
@@ -27,6 +29,17 @@ __host__ __device__ inline bool has_factors(const TileCall& c) {
 }
 __host__ __device__ inline bool has_scales(const TileCall& c) {
   return c.gate_scale != nullptr || c.up_scale != nullptr;
+}
+/// A training step's usual call: all three factors (and all that goes with them), dropout, one
+/// pass of one or two slots, added up unless there are scales. Kernels compiled for it have no
+/// branches in their loops.
+inline bool is_whole(const TileCall& c) {
+  const bool there = c.gate_b != nullptr && c.up_b != nullptr && c.down_a != nullptr;
+  const bool scales = c.gate_scale != nullptr && c.up_scale != nullptr;
+  const bool backward = c.q != nullptr && c.p != nullptr && c.d_gate_b != nullptr &&
+                        c.d_up_b != nullptr && c.d_down_a != nullptr;
+  return there && (has_scales(c) ? scales : !c.per_slot) && c.threshold != 0 && !c.adds &&
+         c.slots <= 2 && (c.d_out == nullptr || backward);
 }
 constexpr int kTogether = 2;  // two slots go together up to so many sixteens of ranks
 /// Sixteens of ranks as compiled: 1, 2, 4 or 5.
@@ -83,7 +96,7 @@ __device__ inline void fetch_scales(std::uint32_t to, const TileCall& m, Index a
     fetch16(to + static_cast<std::uint32_t>(16 * lane), from + at + 4 * (lane % 8));
 }
 /// The factors and scales of each slot's expert, columns f0 .. f0 + 31, into the stage at `at`.
-template <class Stage, int C, int K, bool Scaled, bool Factors>
+template <class Stage, int C, int K, bool Scaled, bool Factors, bool Whole>
 __device__ void fetch_slots(std::uint32_t at, const TileCall& m, const TileRoom& room,
                             const int (&expert)[K], int f0, bool down, int lane) {
   const int rank = m.rank;
@@ -93,9 +106,11 @@ __device__ void fetch_slots(std::uint32_t at, const TileCall& m, const TileRoom&
     if constexpr (Factors) {
       const std::uint32_t to =
           at + static_cast<std::uint32_t>(Stage::kFactors + 3 * k * Stage::kTile);
-      if (m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
-      if (m.up_b != nullptr) fetch_factor<C>(to + Stage::kTile, m.up_b + column * rank, rank, lane);
-      if (down) fetch_factor<C>(to + 2 * Stage::kTile, room.down_t + column * rank, rank, lane);
+      if (Whole || m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
+      if (Whole || m.up_b != nullptr)
+        fetch_factor<C>(to + Stage::kTile, m.up_b + column * rank, rank, lane);
+      if (Whole || down)
+        fetch_factor<C>(to + 2 * Stage::kTile, room.down_t + column * rank, rank, lane);
     }
     if constexpr (Scaled)
       fetch_scales(at + static_cast<std::uint32_t>(Stage::kScales + k * kScaleBytes), m, column,
@@ -120,30 +135,38 @@ struct Silu {
   float value, slope;
 };
 __device__ inline Silu silu(float x) {
+  constexpr float kLog2e = 1.44269504F;
   float s;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0F + __expf(-x)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0F + power_of_two(-kLog2e * x)));
   const float value = x * s;
   return {value, s + value - value * s};  // s (1 + x (1 - s))
 }
 
 constexpr int kMostSplits = 16, kMostBlocks = 4096;  // of a tile's columns; of tiles and splits
-/// Into how many blocks to split the columns of each tile so that the device's last round of blocks
-/// is not a short one: rounds times what a block takes, in columns a warp and their beginning.
-inline int splits_of(const TileCall& c, unsigned tiles, const Fit& fit) {
+/// How a kernel's blocks share tiles and columns: each warp has a tile of its own and the columns
+/// of its block, so that neighbouring tiles read the factors of one expert from L1; or, where that
+/// leaves too few blocks, the warps of a block share the columns of one tile. Either way into so
+/// many blocks of columns that the device's last round of blocks is not a short one: rounds times
+/// what a warp takes, in columns and their beginning.
+inline unsigned share(const TileCall& c, TileRoom& room, unsigned tiles, const Fit& fit) {
   const int chunks = static_cast<int>(c.width / kColumns);
   // Tiles that are not full: about half of one for each pair of experts.
   const int likely = c.expert == nullptr
                          ? static_cast<int>(tiles)
                          : static_cast<int>(ceil_div<Index>(c.rows, kRows)) + c.experts * 2;
   const int most = std::min(kMostBlocks / likely, 2 * kMostBlocks / static_cast<int>(tiles));
+  const int most_splits = std::min({kMostSplits, chunks, std::max(1, most)});
+  room.apart = ceil_div(likely, fit.warps) * most_splits >= fit.together;
+  const int blocks = room.apart ? ceil_div(likely, fit.warps) : likely;
+  const int warps = room.apart ? 1 : fit.warps;
   constexpr int kBeginning = 2;
-  int best = 1, least = 0;
-  for (int s = 1; s <= std::min({kMostSplits, chunks, std::max(1, most)}); ++s) {
+  int least = 0;
+  for (int s = 1; s <= most_splits; ++s) {
     const int time =
-        ceil_div(likely * s, fit.together) * (ceil_div(chunks, s * fit.warps) + kBeginning);
-    if (s == 1 || time < least) best = s, least = time;
+        ceil_div(blocks * s, fit.together) * (ceil_div(chunks, s * warps) + kBeginning);
+    if (s == 1 || time < least) room.splits = s, least = time;
   }
-  return best;
+  return room.apart ? ceil_div(tiles, static_cast<unsigned>(fit.warps)) : tiles;
 }
 /// The columns, 32 at a time, of one block of `splits`.
 struct ColumnRange {
@@ -154,23 +177,29 @@ __device__ inline ColumnRange columns_of(int width, int split, int splits) {
   return {n * split / splits * kColumns, n * (split + 1) / splits * kColumns};
 }
 
-/// Calls f(C, K, Scaled, Factors) with the compiled variant for a call of `slots` slots.
+/// Calls f(C, K, Scaled, Factors, Whole) with the compiled variant for a call of `slots` slots.
 template <class F> void with_variant(const TileCall& c, int slots, F&& f) {
   using std::false_type;
   using std::integral_constant;
   using std::true_type;
-  const auto by_slots = [&](auto chunks, auto scaled, auto factors) {
+  const auto by_slots = [&](auto chunks, auto scaled, auto factors, auto whole) {
     if constexpr (chunks() <= kTogether)
-      if (slots == 2) return f(chunks, integral_constant<int, 2>{}, scaled, factors);
-    f(chunks, integral_constant<int, 1>{}, scaled, factors);
+      if (slots == 2) return f(chunks, integral_constant<int, 2>{}, scaled, factors, whole);
+    f(chunks, integral_constant<int, 1>{}, scaled, factors, whole);
+  };
+  const auto by_whole = [&](auto chunks, auto scaled) {
+    if constexpr (chunks() <= kTogether)
+      if (is_whole(c)) return by_slots(chunks, scaled, true_type{}, true_type{});
+    by_slots(chunks, scaled, true_type{}, false_type{});
   };
   const auto by_scale = [&](auto chunks) {
     if (has_scales(c))
-      by_slots(chunks, true_type{}, true_type{});
+      by_whole(chunks, true_type{});
     else
-      by_slots(chunks, false_type{}, true_type{});
+      by_whole(chunks, false_type{});
   };
-  if (!has_factors(c)) return by_slots(integral_constant<int, 1>{}, false_type{}, false_type{});
+  if (!has_factors(c))
+    return by_slots(integral_constant<int, 1>{}, false_type{}, false_type{}, false_type{});
   switch (chunks_of(c)) {
     case 1:
       return by_scale(integral_constant<int, 1>{});

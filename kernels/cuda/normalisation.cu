@@ -67,63 +67,64 @@ __global__ void __launch_bounds__(kMost)
   }
 }
 
-/// d_x += r w d_y - x r^3 mean(x w d_y): three rows read, one written.
+constexpr int kResident = 1024;  // threads a processor that the backward kernel's registers admit
+
+/// d_x += r w d_y - x r^3 mean(x w d_y): three rows read, one written. What a row's sum needs again
+/// stays packed and w stays in L1, so that twice as many rows are on their way.
 template <bool Aligned, class T>
-__global__ void __launch_bounds__(kMost)
+__global__ void __launch_bounds__(kMost, sizeof(T) == 2 ? kResident / kMost : 1)
     rmsnorm_backward_kernel(Rows<T> d_x, Rows<const T> d_y, Rows<const T> x, const float* w,
-                            const float* r, Index rows, Index cols) {
+                            const float* r, int rows, int cols) {
   __shared__ float shared[2][cuda::kWarp];
-  const Index first = static_cast<Index>(threadIdx.x) * kChunk,
-              step = static_cast<Index>(blockDim.x) * kChunk;
-  const auto count = [&](Index col) { return cuda::chunk_at(col, cols); };
-  Eight weight[kKept];
-#pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    if (const Index col = first + i * step; col < cols)
-      weight[i] = cuda::take<Aligned>(w + col, count(col));
+  const int first = static_cast<int>(threadIdx.x) * kChunk,
+            step = static_cast<int>(blockDim.x) * kChunk;
+  const auto count = [&](int col) { return cuda::chunk_at(col, cols); };
+  const auto weight = [&](int col) { return cuda::take<Aligned>(w + col, count(col)); };
   int turn = 0;
-  for (Index row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
-    const auto weighted = [&](Index col, const Eight& scale) {
-      Eight g = cuda::take<Aligned>(d_y.at(row, col), count(col));
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) g.v[j] *= scale.v[j];
-      return g;
-    };
-    const auto dot = [](const Eight& a, const Eight& b) {
+  for (int row = static_cast<int>(blockIdx.x); row < rows;
+       row += static_cast<int>(gridDim.x), turn ^= 1) {
+    const auto dot = [](const Eight& a, const Eight& b, const Eight& scale) {
       float sum = 0;
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) sum += a.v[j] * b.v[j];
+      for (int j = 0; j < kChunk; ++j) sum += a.v[j] * (b.v[j] * scale.v[j]);
       return sum;
     };
-    Eight own[kKept], g[kKept], old[kKept];
+    cuda::Packed<T> own[kKept], g[kKept], old[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (const int col = first + i * step; col < cols) {
+        own[i] = cuda::take_packed<Aligned>(x.at(row, col), count(col));
+        g[i] = cuda::take_packed<Aligned>(d_y.at(row, col), count(col));
+        old[i] = cuda::take_packed<Aligned>(d_x.at(row, col), count(col));
+      }
+    const float inverse = r[row];
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-      if (const Index col = first + i * step; col < cols) {
-        own[i] = cuda::take<Aligned>(x.at(row, col), count(col));
-        old[i] = cuda::take<Aligned>(d_x.at(row, col), count(col));
-        g[i] = weighted(col, weight[i]);
-        sum += dot(own[i], g[i]);
-      }
-    for (Index col = first + kKept * step; col < cols; col += step)
+      if (const int col = first + i * step; col < cols)
+        sum += dot(cuda::unpacked(own[i]), cuda::unpacked(g[i]), weight(col));
+    for (int col = first + kKept * step; col < cols; col += step)
       sum += dot(cuda::take<Aligned>(x.at(row, col), count(col)),
-                 weighted(col, cuda::take<Aligned>(w + col, count(col))));
+                 cuda::take<Aligned>(d_y.at(row, col), count(col)), weight(col));
 
-    const float inverse = r[row];
     const float k =
         inverse * inverse * inverse * cuda::block_sum(sum, shared[turn]) / static_cast<float>(cols);
-    const auto write = [&](Index col, Eight to, const Eight& from, const Eight& slope) {
+    const auto write = [&](int col, Eight to, const Eight& from, const Eight& slope,
+                           const Eight& scale) {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) to.v[j] += inverse * slope.v[j] - from.v[j] * k;
+      for (int j = 0; j < kChunk; ++j)
+        to.v[j] += inverse * (slope.v[j] * scale.v[j]) - from.v[j] * k;
       cuda::put<Aligned>(d_x.at(row, col), to, count(col));
     };
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-      if (const Index col = first + i * step; col < cols) write(col, old[i], own[i], g[i]);
-    for (Index col = first + kKept * step; col < cols; col += step)
+      if (const int col = first + i * step; col < cols)
+        write(col, cuda::unpacked(old[i]), cuda::unpacked(own[i]), cuda::unpacked(g[i]),
+              weight(col));
+    for (int col = first + kKept * step; col < cols; col += step)
       write(col, cuda::take<Aligned>(d_x.at(row, col), count(col)),
             cuda::take<Aligned>(x.at(row, col), count(col)),
-            weighted(col, cuda::take<Aligned>(w + col, count(col))));
+            cuda::take<Aligned>(d_y.at(row, col), count(col)), weight(col));
   }
 }
 
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(kMost)
 struct Grid {
   unsigned blocks, threads;
 };
-Grid grid_of(Index rows, Index cols, int processors) {
+Grid grid_of(Index rows, Index cols, int processors, int resident = 2048) {
   const Index threads = std::clamp<Index>(
       cuda::ceil_div<Index>(cols, kKept * kChunk * cuda::kWarp) * cuda::kWarp, cuda::kWarp, kMost);
-  return {static_cast<unsigned>(std::min<Index>(rows, processors * (2048 / threads))),
+  return {static_cast<unsigned>(std::min<Index>(rows, processors * (resident / threads))),
           static_cast<unsigned>(threads)};
 }
 
@@ -180,13 +181,13 @@ void CudaBackend::rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, C
   cuda::expect(w.numel() == x.cols() && r.numel() == x.rows() && r.contiguous(),
                "rmsnorm_backward");
   if (x.numel() == 0) return;
-  const Grid g = grid_of(x.rows(), x.cols(), processors_);
+  const Grid g = grid_of(x.rows(), x.cols(), processors_, kResident);
   cuda::with_type(x.dtype, [&](auto number) {
     using T = decltype(number);
     const auto run = [&](auto kernel) {
-      kernel<<<g.blocks, g.threads, 0, stream_>>>(cuda::rows_of<T>(d_x), cuda::rows_of<T>(d_y),
-                                                  cuda::rows_of<T>(x), cuda::data<float>(w),
-                                                  cuda::data<float>(r), x.rows(), x.cols());
+      kernel<<<g.blocks, g.threads, 0, stream_>>>(
+          cuda::rows_of<T>(d_x), cuda::rows_of<T>(d_y), cuda::rows_of<T>(x), cuda::data<float>(w),
+          cuda::data<float>(r), static_cast<int>(x.rows()), static_cast<int>(x.cols()));
     };
     if (cuda::aligned(d_x, d_y, x, w))
       run(rmsnorm_backward_kernel<true, T>);

@@ -56,8 +56,8 @@ __device__ void fetch_factor(std::uint32_t to, const Number* from, int rank, int
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool there = 16 * c + 8 * half < rank;
-      fetch16(at + static_cast<std::uint32_t>(c * kFactorBytes + i * 64),
-              there ? mine + 16 * i * rank + 16 * c : from, there);
+      fetch16_near(at + static_cast<std::uint32_t>(c * kFactorBytes + i * 64),
+                   there ? mine + 16 * i * rank + 16 * c : from, there);
     }
 }
 /// Where a lane points read_matrices for the first two of a factor's four tiles; the others are

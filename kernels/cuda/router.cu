@@ -20,98 +20,165 @@ constexpr int kWarps = 8;    // of a block whose warps take a row each
 
 // ---- products -----------------------------------------------------------------------------------
 
-/// One warp four rows and eight experts: x read once for eight experts, wg from L1.
+constexpr int kLogitsWarps = 4;
+
+/// One block four rows and eight experts, its warps share the columns: x read once for eight
+/// experts, wg from L1.
 template <bool Aligned, class T>
-__global__ void logits_kernel(Rows<float> logits, Rows<const T> x, Rows<const float> wg, Index rows,
-                              Index cols, int experts) {
+__global__ void __launch_bounds__(kLogitsWarps* kWarp, 4)
+    logits_kernel(Rows<float> logits, Rows<const T> x, Rows<const float> wg, Index rows, Index cols,
+                  int experts) {
+  static_assert(kTogether * kExperts == kWarp);
+  __shared__ float shared[kLogitsWarps][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            warp = static_cast<int>(threadIdx.x) / kWarp,
             first = static_cast<int>(blockIdx.y) * kExperts;
-  const Index row = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp * kTogether;
-  if (row >= rows) return;
-  float sum[kTogether][kExperts] = {};
-  for (Index col = lane * kChunk; col < cols; col += kWarp * kChunk) {
+  const Index row = static_cast<Index>(blockIdx.x) * kTogether;
+  float sum[kWarp] = {};  // row by row
+  for (Index col = static_cast<Index>(threadIdx.x) * kChunk; col < cols;
+       col += kLogitsWarps * kWarp * kChunk) {
     const int count = cuda::chunk_at(col, cols);
-    Eight e[kTogether];
+    cuda::Packed<T> own[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
-      e[t] = cuda::take<Aligned>(x.at(min(row + t, rows - 1), col), count);
+      own[t] = cuda::take_packed<Aligned>(x.at(min(row + t, rows - 1), col), count);
 #pragma unroll
     for (int g = 0; g < kExperts; ++g) {
-      if (first + g >= experts) break;
-      const Eight w = cuda::take<Aligned>(wg.at(first + g, col), count);
+      const Eight w = cuda::take<Aligned>(wg.at(min(first + g, experts - 1), col), count);
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t)
+      for (int t = 0; t < kTogether; ++t) {
+        const Eight e = cuda::unpacked(own[t]);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) sum[t][g] += e[t].v[i] * w.v[i];
+        for (int i = 0; i < kChunk; ++i) sum[t * kExperts + g] += e.v[i] * w.v[i];
+      }
     }
   }
+  // Lane l keeps the warp's sum of number l: each step hands the other half of them on.
 #pragma unroll
-  for (int t = 0; t < kTogether; ++t)
+  for (int half = kWarp / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
 #pragma unroll
-    for (int g = 0; g < kExperts; ++g) {
-      const float total = cuda::warp_sum(sum[t][g]);
-      if (lane == 0 && row + t < rows && first + g < experts)
-        *logits.at(row + t, first + g) = total;
+    for (int i = 0; i < half; ++i) {
+      const float other = upper ? sum[i] : sum[i + half];
+      sum[i] = (upper ? sum[i + half] : sum[i]) + __shfl_xor_sync(cuda::kAll, other, half);
     }
+  }
+  shared[warp][lane] = sum[0];
+  __syncthreads();
+  const int t = lane / kExperts, e = first + lane % kExperts;
+  if (warp != 0 || row + t >= rows || e >= experts) return;
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < kLogitsWarps; ++w) total += shared[w][lane];
+  *logits.at(row + t, e) = total;
 }
 
-/// d_x += d_logits Wg for four rows: each row read and written, wg from L1.
-template <class T> struct InputBackward {
-  Rows<T> d_x;
-  Rows<const float> d_logits, wg;
-  Index rows;
-  int experts;
-  template <bool Aligned> __device__ void at(Index four, Index col, int count) const {
-    const Index row = four * kTogether;
-    Eight sum[kTogether];
-#pragma unroll
-    for (int t = 0; t < kTogether; ++t)
-      if (row + t < rows) sum[t] = cuda::take<Aligned>(d_x.at(row + t, col), count);
-    for (int e = 0; e < experts; ++e) {
-      const Eight w = cuda::take<Aligned>(wg.at(e, col), count);
-#pragma unroll
-      for (int t = 0; t < kTogether; ++t)
-        if (row + t < rows) {
-          const float d = *d_logits.at(row + t, e);
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) sum[t].v[i] += d * w.v[i];
-        }
+constexpr int kStaged = 64;  // rows whose d_logits lie in shared memory at a time
+/// f(row, their d_logits of eight experts) for every four rows of a range, by a whole block; rows
+/// that are not there have no gradient.
+template <class F>
+__device__ void each_four(Rows<const float> d_logits, int first, int experts, Index begin,
+                          Index end, F f) {
+  __shared__ float staged[kStaged][kExperts];
+  for (Index piece = begin; piece < end; piece += kStaged) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kStaged * kExperts;
+         i += static_cast<int>(blockDim.x)) {
+      const int r = i / kExperts, e = first + i % kExperts;
+      staged[r][i % kExperts] = piece + r < end && e < experts ? *d_logits.at(piece + r, e) : 0.0F;
     }
+    __syncthreads();
+    for (Index row = piece; row < min(piece + kStaged, end); row += kTogether)
+      f(row, staged + (row - piece));
+  }
+}
+
+/// d_x += d_logits Wg over a range of rows: each thread holds its columns of the first eight
+/// experts' wg, each row is read and written.
+template <bool Aligned, class T>
+__global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
+    input_backward_kernel(Rows<T> d_x, Rows<const float> d_logits, Rows<const float> wg, Index rows,
+                          Index cols, Index length, int experts) {
+  const Index col = (static_cast<Index>(blockIdx.y) * blockDim.x + threadIdx.x) * kChunk;
+  const bool live = col < cols;
+  const Index at = live ? col : 0;
+  const int count = live ? cuda::chunk_at(col, cols) : 0;
+  const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
+  Eight w[kExperts];
+#pragma unroll
+  for (int g = 0; g < kExperts; ++g)
+    w[g] = cuda::take<Aligned>(wg.at(min(g, experts - 1), at), count);
+  cuda::Packed<T> next[kTogether];
+  const auto fetch = [&](Index row) {
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
-      if (row + t < rows) cuda::put<Aligned>(d_x.at(row + t, col), sum[t], count);
-  }
-};
+      next[t] = cuda::take_packed<Aligned>(d_x.at(min(row + t, end - 1), at), count);
+  };
+  fetch(begin);
+  each_four(d_logits, 0, experts, begin, end, [&](Index row, const float(*d)[kExperts]) {
+    cuda::Packed<T> own[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) own[t] = next[t];
+    // The rows after the last four are these again, read before they are written.
+    fetch(row + kTogether);
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      Eight sum = cuda::unpacked(own[t]);
+#pragma unroll
+      for (int g = 0; g < kExperts; ++g)
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) sum.v[i] += d[t][g] * w[g].v[i];
+      for (int e = kExperts; e < experts; ++e) {
+        const Eight more = cuda::take<Aligned>(wg.at(e, at), count);
+        const float by = *d_logits.at(min(row + t, end - 1), e);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) sum.v[i] += by * more.v[i];
+      }
+      if (live && row + t < end) cuda::put<Aligned>(d_x.at(row + t, at), sum, count);
+    }
+  });
+}
 
 /// d_logits^T x over a range of rows, eight experts a block: each row of x read once for them.
 template <bool Aligned, class T>
-__global__ void weight_backward_kernel(float* parts, Rows<const float> d_logits, Rows<const T> x,
-                                       Index rows, Index cols, Index length, int experts) {
+__global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
+    weight_backward_kernel(float* parts, Rows<const float> d_logits, Rows<const T> x, Index rows,
+                           Index cols, Index length, int experts) {
   const Index col = (static_cast<Index>(blockIdx.y) * blockDim.x + threadIdx.x) * kChunk;
-  if (col >= cols) return;
-  const int count = cuda::chunk_at(col, cols), first = static_cast<int>(blockIdx.z) * kExperts;
+  const bool live = col < cols;
+  const Index at = live ? col : 0;
+  const int count = live ? cuda::chunk_at(col, cols) : 0,
+            first = static_cast<int>(blockIdx.z) * kExperts;
   const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
   Eight sum[kExperts] = {};
-  for (Index row = begin; row < end; row += kTogether) {
-    Eight e[kTogether];
+  cuda::Packed<T> next[kTogether];
+  const auto fetch = [&](Index row) {
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
-      if (row + t < end) e[t] = cuda::take<Aligned>(x.at(row + t, col), count);
+      next[t] = cuda::take_packed<Aligned>(x.at(min(row + t, end - 1), at), count);
+  };
+  fetch(begin);
+  each_four(d_logits, first, experts, begin, end, [&](Index row, const float(*d)[kExperts]) {
+    cuda::Packed<T> own[kTogether];
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t)
+    for (int t = 0; t < kTogether; ++t) own[t] = next[t];
+    fetch(row + kTogether);
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const Eight e = cuda::unpacked(own[t]);
 #pragma unroll
       for (int g = 0; g < kExperts; ++g)
-        if (row + t < end && first + g < experts) {
-          const float d = *d_logits.at(row + t, first + g);
 #pragma unroll
-          for (int i = 0; i < kChunk; ++i) sum[g].v[i] += d * e[t].v[i];
-        }
-  }
+        for (int i = 0; i < kChunk; ++i) sum[g].v[i] += d[t][g] * e.v[i];
+    }
+  });
+  if (!live) return;
 #pragma unroll
   for (int g = 0; g < kExperts; ++g)
     if (first + g < experts)
-      cuda::put<false>(parts + (static_cast<Index>(blockIdx.x) * experts + first + g) * cols + col,
-                       sum[g], count);
+      cuda::put<Aligned>(
+          parts + (static_cast<Index>(blockIdx.x) * experts + first + g) * cols + col, sum[g],
+          count);
 }
 
 // ---- the choice ---------------------------------------------------------------------------------
@@ -382,8 +449,7 @@ void CudaBackend::router_logits(Tensor logits, ConstTensor x, ConstTensor wg) {
   const Index rows = x.rows(), cols = x.cols(), experts = wg.rows();
   cuda::expect(logits.rows() == rows && logits.cols() == experts && wg.cols() == cols, op);
   if (rows == 0) return;
-  constexpr int kLogitsWarps = 4;
-  const dim3 blocks(row_blocks(rows, kLogitsWarps * kTogether), row_blocks(experts, kExperts));
+  const dim3 blocks(row_blocks(rows, kTogether), row_blocks(experts, kExperts));
   cuda::with_type(x.dtype, [&](auto number) {
     using T = decltype(number);
     const auto run = [&](auto kernel) {
@@ -481,22 +547,26 @@ void CudaBackend::router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits,
   const dim3 blocks(static_cast<unsigned>(parts.count), row_blocks(cols, threads * kChunk),
                     row_blocks(experts, kExperts));
   auto* sums = room().take<float>(parts.count * experts * cols);
+  // Ranges of d_x's rows: about three blocks a processor.
+  const Index length = std::max<Index>(
+      kTogether, cuda::ceil_div<Index>(rows * blocks.y, 3 * static_cast<Index>(processors_)));
+  const dim3 input_blocks(row_blocks(rows, length), blocks.y);
   cuda::with_type(x.dtype, [&](auto number) {
     using T = decltype(number);
-    const auto run = [&](auto kernel) {
-      kernel<<<blocks, threads, 0, stream_>>>(sums, cuda::rows_of<float>(d_logits),
+    const auto run = [&](auto weight, auto input) {
+      weight<<<blocks, threads, 0, stream_>>>(sums, cuda::rows_of<float>(d_logits),
                                               cuda::rows_of<T>(x), rows, cols, parts.length,
                                               static_cast<int>(experts));
+      cuda::launched(op);
+      input<<<input_blocks, threads, 0, stream_>>>(
+          cuda::rows_of<T>(d_x), cuda::rows_of<float>(d_logits), cuda::rows_of<float>(wg), rows,
+          cols, length, static_cast<int>(experts));
+      cuda::launched(op);
     };
-    if (cuda::aligned(x))
-      run(weight_backward_kernel<true, T>);
+    if (cuda::aligned(d_x, x, wg))
+      run(weight_backward_kernel<true, T>, input_backward_kernel<true, T>);
     else
-      run(weight_backward_kernel<false, T>);
-    cuda::launched(op);
-    cuda::each_chunk(stream_, op, cuda::ceil_div<Index>(rows, kTogether), cols,
-                     cuda::aligned(d_x, wg),
-                     InputBackward<T>{cuda::rows_of<T>(d_x), cuda::rows_of<float>(d_logits),
-                                      cuda::rows_of<float>(wg), rows, static_cast<int>(experts)});
+      run(weight_backward_kernel<false, T>, input_backward_kernel<false, T>);
   });
   cuda::add_partials(stream_, op, cuda::data<float>(d_wg), sums, parts.count, experts * cols);
 }

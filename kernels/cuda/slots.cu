@@ -91,61 +91,88 @@ template <class T> struct Combine {
 /// d_core = w scale d_y, and the parts of two sums: over the columns of a warp for d_weight
 /// (warps of all columns, N K), over a range of rows for d_scale (ranges, E, D), the latter in
 /// shared memory, where a thread owns its eight columns of every expert. A row of d_y and K of core
-/// read, K written.
+/// read, K written; four rows of a slot go together, while the next four are on their way.
 template <bool Aligned, class T>
-__global__ void combine_backward_kernel(Rows<T> d_core, float* weight_parts, float* scale_parts,
-                                        Rows<const T> d_y, Rows<const T> core,
-                                        Rows<const float> scale, Choice s, Index rows, Index cols,
-                                        Index length, int experts) {
-  extern __shared__ float sums[];  // (E, 8, threads)
+__global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 2)
+    combine_backward_kernel(Rows<T> d_core, float* weight_parts, float* scale_parts,
+                            Rows<const T> d_y, Rows<const T> core, Rows<const float> scale,
+                            Choice s, Index rows, Index cols, Index length, int experts) {
+  extern __shared__ float4 sums[];  // (E, 2, threads)
   const auto threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const Index col = (static_cast<Index>(blockIdx.y) * threads + thread) * kChunk;
-  const int count = col < cols ? cuda::chunk_at(col, cols) : 0;
+  const Index own_col = (static_cast<Index>(blockIdx.y) * threads + thread) * kChunk;
+  const bool live = own_col < cols;  // others go along for the sums of their warp
+  const Index col = live ? own_col : 0;
+  const int count = live ? cuda::chunk_at(col, cols) : 0;
   const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
   const Index warp = (static_cast<Index>(blockIdx.y) * threads + thread) / cuda::kWarp;
-  const auto own = [&](int e, int i) -> float& {
-    return sums[(e * kChunk + i) * threads + thread];
+  const auto own = [&](int e, int half) -> float4& {
+    return sums[(e * 2 + half) * threads + thread];
   };
-  for (int e = 0; e < experts; ++e)
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) own(e, i) = 0;
+  for (int i = 0; i < 2 * experts; ++i) sums[i * threads + thread] = make_float4(0, 0, 0, 0);
 
-  for (Index at = begin; at < end; at += kTogether) {
-    const auto together = static_cast<int>(min(end - at, Index{kTogether}));
-    Eight g[kTogether], c[kTogether];
+  struct Four {
+    cuda::Packed<T> g[kTogether], c[kTogether];
+    int expert[kTogether];
+    float weight[kTogether];
+  };
+  Four next;
+  const auto fetch = [&](Index at, int k) {
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const Index row = min(at + t, end - 1);
+      next.g[t] = cuda::take_packed<Aligned>(d_y.at(row, col), count);
+      next.c[t] = cuda::take_packed<Aligned>(core.at(k * rows + row, col), count);
+      next.expert[t] = s.expert_of(row, k);
+      next.weight[t] = s.weight_of(row, k);
+    }
+  };
+  int k = 0;
+  fetch(begin, 0);
+  for (Index at = begin; at < end;) {
+    const Four now = next;
+    const Index here = at;
+    const int slot = k;
+    if (++k == s.slots) k = 0, at += kTogether;
+    fetch(at, k);
+    Eight by[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
-      if (t < together) g[t] = cuda::take<Aligned>(d_y.at(at + t, col), count);
-    for (int k = 0; k < s.slots; ++k) {
+      by[t] = cuda::take<Aligned>(scale.at(max(now.expert[t], 0), col), count);
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t)
-        if (t < together) c[t] = cuda::take<Aligned>(core.at(k * rows + at + t, col), count);
+    for (int t = 0; t < kTogether; ++t) {
+      if (here + t >= end) break;
+      const Index row = here + t;
+      const int e = now.expert[t];
+      const float w = now.weight[t];
+      const Eight g = cuda::unpacked(now.g[t]), c = cuda::unpacked(now.c[t]);
+      Eight d;
+      float sum = 0, product[kChunk];
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t) {
-        if (t >= together) break;
-        const Index row = at + t;
-        const int e = s.expert_of(row, k);
-        const float w = s.weight_of(row, k);
-        Eight d = {{1, 1, 1, 1, 1, 1, 1, 1}};
-        if (e >= 0) d = cuda::take<Aligned>(scale.at(e, col), count);
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (e >= 0) own(e, i) += w * g[t].v[i] * c[t].v[i];
-          d.v[i] *= g[t].v[i];
-          sum += d.v[i] * c[t].v[i];
-          d.v[i] *= w;
-        }
-        cuda::put<Aligned>(d_core.at(k * rows + row, col), d, count);
-        sum = cuda::warp_sum(sum);
-        if (thread % cuda::kWarp == 0) weight_parts[(warp * rows + row) * s.slots + k] = sum;
+      for (int i = 0; i < kChunk; ++i) {
+        product[i] = g.v[i] * c.v[i];
+        const float scaled = e >= 0 ? by[t].v[i] : 1.0F;
+        sum += scaled * product[i];
+        d.v[i] = w * (scaled * g.v[i]);
       }
+      if (e >= 0)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* p = product + 4 * half;
+          float4 to = own(e, half);
+          to.x += w * p[0], to.y += w * p[1], to.z += w * p[2], to.w += w * p[3];
+          own(e, half) = to;
+        }
+      if (live) cuda::put<Aligned>(d_core.at(slot * rows + row, col), d, count);
+      sum = cuda::warp_sum(live ? sum : 0.0F);
+      if (thread % cuda::kWarp == 0) weight_parts[(warp * rows + row) * s.slots + slot] = sum;
     }
   }
-  for (int e = 0; e < experts; ++e)
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      if (i < count) scale_parts[(blockIdx.x * experts + e) * cols + col + i] = own(e, i);
+  if (!live) return;
+  for (int e = 0; e < experts; ++e) {
+    const float4 low = own(e, 0), high = own(e, 1);
+    cuda::put<Aligned>(scale_parts + (blockIdx.x * experts + e) * cols + col,
+                       Eight{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}}, count);
+  }
 }
 
 /// d_weight[n, k] = sum of the warps' parts, in their order.
