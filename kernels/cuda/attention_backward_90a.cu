@@ -231,17 +231,27 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // ---- d_k, d_v ------------------------------------------------------------------------------
 
+/// d_q's kernel ended with the last sequences: much of them is in L2 still.
+__device__ inline Walk from_the_end() {
+  Walk w;
+  w.backwards = true;
+  return w;
+}
 /// The query tiles that a tile of keys meets: of each query head of its group, those from `from`
 /// on.
 struct Meeting {
-  int from, each, count;
+  int from, end, head, head_end, tile;
   __device__ Meeting(const Walk& w, const AttentionCall<Number>& m)
       : from(kUsers * w.tile),
-        each(ceil_div(w.s.length, kMet) - from),
-        count(each * (m.heads / m.kv_heads)) {}
-  __device__ int tile(int j) const { return from + j % each; }
-  __device__ int head(int j, const Walk& w, const AttentionCall<Number>& m) const {
-    return w.head * (m.heads / m.kv_heads) + j / each;
+        end(ceil_div(w.s.length, kMet)),
+        head(w.head * (m.heads / m.kv_heads)),
+        head_end(head + m.heads / m.kv_heads),
+        tile(from) {}
+  __device__ bool here() const { return head < head_end; }
+  __device__ void next() {
+    if (++tile < end) return;
+    tile = from;
+    ++head;
   }
 };
 
@@ -249,7 +259,7 @@ __device__ void fetch_for_keys(KeyRoom& room, const CUtensorMap& qkv, const CUte
                                const AttentionCall<Number>& m, int pairs) {
   Turn<2> own;
   Turn<kStages> met;
-  for (Walk w; w.next(m, m.kv_heads, pairs); own.next()) {
+  for (Walk w = from_the_end(); w.next(m, m.kv_heads, pairs); own.next()) {
     const int row = w.s.begin + w.first();
     Barrier* here = &room.own_here[own.stage];
     wait(&room.own_free[own.stage], own.parity ^ 1);
@@ -258,10 +268,8 @@ __device__ void fetch_for_keys(KeyRoom& room, const CUtensorMap& qkv, const CUte
                            (m.heads + w.head) * kTileColumns, row, here);
     fetch_tile<kBlockRows>(shared_address(room.values[own.stage]), qkv,
                            (m.heads + m.kv_heads + w.head) * kTileColumns, row, here);
-    const Meeting meeting(w, m);
-    for (int j = 0; j < meeting.count; ++j, met.next()) {
-      const int column = meeting.head(j, w, m) * kTileColumns,
-                query = w.s.begin + meeting.tile(j) * kMet;
+    for (Meeting meeting(w, m); meeting.here(); meeting.next(), met.next()) {
+      const int column = meeting.head * kTileColumns, query = w.s.begin + meeting.tile * kMet;
       here = &room.met_here[met.stage];
       wait(&room.met_free[met.stage], met.parity ^ 1);
       arrive_expecting(here, 2 * kMetTile);
@@ -275,11 +283,10 @@ __device__ void fetch_for_keys(KeyRoom& room, const CUtensorMap& qkv, const CUte
 __device__ void fetch_rows(KeyRoom& room, const AttentionCall<Number>& m, int pairs, int helper) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   Turn<kStages> met;
-  for (Walk w; w.next(m, m.kv_heads, pairs);) {
-    const Meeting meeting(w, m);
-    for (int j = 0; j < meeting.count; ++j, met.next()) {
+  for (Walk w = from_the_end(); w.next(m, m.kv_heads, pairs);) {
+    for (Meeting meeting(w, m); meeting.here(); meeting.next(), met.next()) {
       if (met.stage != helper) continue;
-      const int i = meeting.tile(j) * kMet, head = meeting.head(j, w, m);
+      const int i = meeting.tile * kMet, head = meeting.head;
       float lse[2], mean[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -306,82 +313,84 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
   const float to_log2 = m.root * kLog2E;
   Turn<2> own;
   Turn<kStages> met;
-  for (Walk w; w.next(m, m.kv_heads, pairs); own.next()) {
-    const Meeting meeting(w, m);
+  for (Walk w = from_the_end(); w.next(m, m.kv_heads, pairs); own.next()) {
+    const int heads = m.heads / m.kv_heads, from = kUsers * w.tile,
+              end = ceil_div(w.s.length, kMet);
     const int first = diagonal(w, group);  // queries before see none of the group's keys
     wait(&room.own_here[own.stage], own.parity);
-    if (first >= meeting.from + meeting.each) {  // no rows of this group
-      for (int j = 0; j < meeting.count; ++j) pass(room, met);
+    if (first >= end) {  // no rows of this group
+      for (int j = 0; j < heads * (end - from); ++j) pass(room, met);
       warp_arrives(&room.own_free[own.stage]);
       continue;
     }
     const std::uint32_t offset = group * kGroupRows * kRowBytes,
                         keys = shared_address(room.keys[own.stage]) + offset,
                         values = shared_address(room.values[own.stage]) + offset;
-    float d_k[16][4], d_v[16][4];
-    bool begun = false;
-    for (int j = 0; j < meeting.count; ++j) {
-      const int tile = meeting.tile(j);
-      if (tile < first) {
-        pass(room, met);
-        continue;
+    float d_k[16][4] = {}, d_v[16][4] = {};
+    for (int head = 0; head < heads; ++head) {
+      for (int tile = from; tile < first; ++tile) pass(room, met);
+      int before = 0;  // the stage that the products under way read
+      for (int tile = first; tile < end; ++tile) {
+        const int stage = met.stage;
+        wait(&room.met_here[stage], met.parity);
+        met.next();
+        const std::uint32_t queries = shared_address(room.queries[stage]),
+                            d_out = shared_address(room.d_out[stage]);
+        // Rows are keys, columns queries.
+        float score[kMet / 8][4], d_p[kMet / 8][4];
+        products_begin();
+        multiply_rows<kBlockRows, kMet>(score, keys, queries);
+        products_commit();
+        // The last tile's products with d_s end while these go on: their registers are wanted.
+        products_wait<1>();
+        if (tile > first) warp_arrives(&room.met_free[before]);
+        products_begin();
+        multiply_rows<kBlockRows, kMet>(d_p, values, d_out);
+        products_commit();
+        products_wait<1>();
+        changed(score);
+        if (tile == first) {
+#pragma unroll
+          for (int n = 0; n < kMet / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (8 * n + lane % 4 * 2 + i % 2 < row - group * kGroupRows + i / 2 * 8)
+                score[n][i] = -INFINITY;
+        }
+        // Packed at once, and d_s made of the packed: there are not registers for both.
+        unsigned p[kMet / 8][2], d_s[kMet / 8][2];
+#pragma unroll
+        for (int n = 0; n < kMet / 8; ++n) {
+          const float2 lse =
+              *reinterpret_cast<const float2*>(room.lse[stage] + 8 * n + lane % 4 * 2);
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            p[n][h] = pack2(power_of_two(score[n][2 * h] * to_log2 - lse.x),
+                            power_of_two(score[n][2 * h + 1] * to_log2 - lse.y));
+        }
+        products_begin();
+        multiply_packed<kMet>(d_v, p, d_out, true);
+        products_commit();
+        products_wait<1>();
+        changed(d_p);
+#pragma unroll
+        for (int n = 0; n < kMet / 8; ++n) {
+          const float2 mean =
+              *reinterpret_cast<const float2*>(room.mean[stage] + 8 * n + lane % 4 * 2);
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            d_s[n][h] = pack2(low(p[n][h]) * (d_p[n][2 * h] - mean.x),
+                              high(p[n][h]) * (d_p[n][2 * h + 1] - mean.y));
+        }
+        products_begin();
+        multiply_packed<kMet>(d_k, d_s, queries, true);
+        products_commit();
+        before = stage;
       }
-      const int stage = met.stage;
-      wait(&room.met_here[stage], met.parity);
-      met.next();
-      const std::uint32_t queries = shared_address(room.queries[stage]),
-                          d_out = shared_address(room.d_out[stage]);
-      // Rows are keys, columns queries.
-      float score[kMet / 8][4], d_p[kMet / 8][4];
-      products_begin();
-      multiply_rows<kBlockRows, kMet>(score, keys, queries);
-      products_commit();
-      multiply_rows<kBlockRows, kMet>(d_p, values, d_out);
-      products_commit();
-      products_wait<1>();
-      changed(score);
-      unsigned p[kMet / 8][2], d_s[kMet / 8][2];
-#pragma unroll
-      for (int n = 0; n < kMet / 8; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(room.lse[stage] + 8 * n + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          score[n][i] = power_of_two(score[n][i] * to_log2 - (i % 2 == 0 ? lse.x : lse.y));
-      }
-      if (tile == first) {
-#pragma unroll
-        for (int n = 0; n < kMet / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (8 * n + lane % 4 * 2 + i % 2 < row - group * kGroupRows + i / 2 * 8)
-              score[n][i] = 0;
-      }
-#pragma unroll
-      for (int n = 0; n < kMet / 8; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) p[n][h] = pack2(score[n][2 * h], score[n][2 * h + 1]);
-      products_begin();
-      multiply_packed<kMet>(d_v, p, d_out, begun);
-      products_commit();
-      products_wait<1>();
-      changed(d_p);
-#pragma unroll
-      for (int n = 0; n < kMet / 8; ++n) {
-        const float2 mean =
-            *reinterpret_cast<const float2*>(room.mean[stage] + 8 * n + lane % 4 * 2);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          d_s[n][h] = pack2(score[n][2 * h] * (d_p[n][2 * h] - mean.x),
-                            score[n][2 * h + 1] * (d_p[n][2 * h + 1] - mean.y));
-      }
-      products_begin();
-      multiply_packed<kMet>(d_k, d_s, queries, begun);
-      products_commit();
-      begun = true;
       products_wait<0>();
       changed(d_k);
       changed(d_v);
-      warp_arrives(&room.met_free[stage]);
+      warp_arrives(&room.met_free[before]);
     }
 
     const int rows = w.s.length - w.first();

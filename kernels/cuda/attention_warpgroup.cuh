@@ -16,15 +16,16 @@ constexpr int kUserWarps = kUsers * kGroup / kWarp, kBlockThreads = (kUsers + 1)
 /// the last of a sequence with its first: pairs of one sequence length are equally long.
 struct Walk {
   int at = static_cast<int>(blockIdx.x), tile = 0, head = 0;
-  bool second = false;
+  bool second = false, backwards = false;  // backwards: from the last head of the last sequence on
   Sequence s{};
   /// Goes to the next tile; false when none is left. `heads` to walk, `pairs` of the longest
   /// sequence.
   __device__ bool next(const AttentionCall<Number>& m, int heads, int pairs) {
-    for (; at < pairs * heads * m.sequences; at += static_cast<int>(gridDim.x)) {
-      const int i = at % pairs;
-      head = at / pairs % heads;
-      s = sequence_of(m.table, at / pairs / heads);
+    const int count = pairs * heads * m.sequences;
+    for (; at < count; at += static_cast<int>(gridDim.x)) {
+      const int place = backwards ? count - 1 - at : at, i = place % pairs;
+      head = place / pairs % heads;
+      s = sequence_of(m.table, place / pairs / heads);
       const int mirrored = ceil_div(s.length, kBlockRows) - 1 - i;
       if (!second && mirrored >= i) {
         tile = mirrored;
