@@ -258,8 +258,8 @@ void add_mixture_cases(std::vector<OpCase>& t) {
       {"MixLoRA apart 33x128 E4 K2 r16", 33, 128, 4, 2, 16, true, true, true, false, true, 0.1F},
       {"MixDoRA 40x128 E4 K3 r8", 40, 128, 4, 3, 8, true, true, true, true, true, 0.1F},
       {"DoRA 37x96 r32", 37, 96, 1, 1, 32, true, true, true, true, false, 0.1F},
-      {"LoRA 1700x512 r16", 1700, 512, 1, 1, 16, true, true, true, false, false, 0.05F},
-      {"MixLoRA 1700x512 E4 K2 r16", 1700, 512, 4, 2, 16, true, true, true, false, false, 0.05F},
+      {"LoRA 2200x512 r8", 2200, 512, 1, 1, 8, true, true, true, false, false, 0.05F},
+      {"MixLoRA 1600x512 E4 K2 r8", 1600, 512, 4, 2, 8, true, true, true, false, false, 0.05F},
       {"MixLoRA 16x11008 E8 K2 r16 (Llama)", 16, 11008, 8, 2, 16, true, true, true, false, false,
        0.05F}};
   for (const Block& b : blocks) {

@@ -66,23 +66,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   const std::uint32_t ring_address = shared_address(ring);
   const std::uint32_t own_rank_row = rank_row(lane);
 
-  // Of row lane % 16 of a tile: its place, its slot's place in d_out and q, and its weight.
+  // Of row lane % 16 of a tile: its place, its slot's place in d_out and q, and its weight. Its
+  // pair is read one tile earlier, so that nothing waits for one load to send the next.
   struct Row {
     int row, slot_row;
     float weight;
   };
-  const auto row_at = [&](int first) {
-    const int at = first + lane % kRows, safe = min(at, end - 1);
-    Row r{safe, safe, 0};
+  const auto pair_at = [&](int first) {
+    const int safe = min(first + lane % kRows, end - 1);
+    return m.pairs != nullptr ? m.pairs[safe] : safe;
+  };
+  const auto row_at = [&](int first, int pair) {
+    Row r{pair, pair, 0};
     int k = 0;
     if (m.pairs != nullptr) {
-      const int pair = m.pairs[safe];
       r.row = Whole ? pair >> (m.slots - 1) : pair / m.slots;
       k = pair - r.row * m.slots;
       r.slot_row = r.row;
     }
     if (per_slot) r.slot_row += k * static_cast<int>(m.rows);
-    if (at < end) r.weight = per_slot ? 1.0F : m.weight_of(r.row, k);
+    if (first + lane % kRows < end) r.weight = per_slot ? 1.0F : m.weight_of(r.row, k);
     return r;
   };
   const auto fetch = [&](int stage, const Row& own) {
@@ -115,19 +118,22 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   const int step = warps * kRows;
   int stage = 0;
   float weight_here = 0, weight_next = 0;
-  if (begin + warp * kRows < end) {
-    const Row own = row_at(begin + warp * kRows);
+  const int mine_from = begin + warp * kRows;
+  if (mine_from < end) {
+    const Row own = row_at(mine_from, pair_at(mine_from));
     weight_next = own.weight;
     fetch(0, own);
   }
   fetch_commit();
-  Row ahead = row_at(begin + warp * kRows + step);
-  for (int first = begin + warp * kRows; first < end; first += step) {
+  Row ahead = row_at(mine_from + step, pair_at(mine_from + step));
+  int pair_ahead = pair_at(mine_from + 2 * step);
+  for (int first = mine_from; first < end; first += step) {
     weight_here = weight_next;
     if (first + step < end) {
       weight_next = ahead.weight;
       fetch(stage ^ 1, ahead);
-      ahead = row_at(first + 2 * step);
+      ahead = row_at(first + 2 * step, pair_ahead);
+      pair_ahead = pair_at(first + 3 * step);
     }
     fetch_commit();
     fetch_wait<1>();

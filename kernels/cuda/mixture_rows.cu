@@ -14,6 +14,8 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
   static constexpr int kFactors = (4 + 2 * kApart) * kPiece, kTile = C * kFactorBytes;
   static constexpr int kScales = kFactors + (Factors ? 3 * K * kTile : 0);
   static constexpr int kBytes = kScales + (Scaled ? K * kScaleBytes : 0);
+  static constexpr int kIds = kRows * 16;  // the tile's ids, beside a warp's two stages
+  static constexpr int kWarpBytes = 2 * kBytes + kIds;
   // Accumulator tiles left behind: p of gate and up, and d_weight.
   static constexpr int kSums = K * (4 * C + 1);
 };
@@ -42,15 +44,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
   const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   const float keep_scale = m.scale * m.keep;
-  std::byte* ring = shared + warp * 2 * S::kBytes;
+  std::byte* ring = shared + warp * S::kWarpBytes;
   const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
   unsigned a1[K][C][4], a3[K][C][4], q_ranks[K][C][4];
   float sums[S::kSums][4] = {};  // slot by slot: p of gate, p of up; then d_weight
-  int4 ids[2];
+  auto* ids = reinterpret_cast<int4*>(ring + 2 * S::kBytes);
   int gate_up[2], d_out[S::kApart][2];  // where the lane's numbers begin
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    ids[h] = drops ? m.id_of(tile.row[h]) : int4{};
+    if (drops && q == 0) ids[g + 8 * h] = m.id_of(tile.row[h]);
     gate_up[h] = tile.row[h] * 2 * width + 8 * q;
 #pragma unroll
     for (int k = 0; k < S::kApart; ++k)
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     }
   }
 
+  __syncwarp();
   const auto fetch = [&](int stage, int f0) {
     const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
     const std::uint32_t mine = at + static_cast<std::uint32_t>(16 * lane);
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
         fetch16(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
                 m.d_out + (d_out[k][h] + f0));
     }
-    fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
+    fetch_slots<S, C, K, Scaled, Factors, Whole, false>(at, m, room, expert, f0, down, lane);
   };
 
   const ColumnRange range =
@@ -108,9 +111,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     Philox4 bits[K][2] = {};
     if (drops)
 #pragma unroll
-      for (int k = 0; k < K; ++k)
+      for (int h = 0; h < 2; ++h) {
+        const int4 id = ids[g + 8 * h];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) bits[k][h] = m.bits(ids[h], expert[k], (f0 + 8 * q) / 8);
+        for (int k = 0; k < K; ++k) bits[k][h] = m.bits(id, expert[k], (f0 + 8 * q) / 8);
+      }
     fetch_wait<1>();
     __syncwarp();
     std::byte* here = ring + stage * S::kBytes;
@@ -219,7 +224,7 @@ void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, in
     using S = Stage<chunks(), k(), scaled(), factors()>;
     auto* kernel = rows_kernel<chunks(), k(), scaled(), factors(), whole()>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
-                           std::max(2 * S::kBytes, S::kSums * kFragment * 4));
+                           std::max(S::kWarpBytes, S::kSums * kFragment * 4));
     const unsigned blocks = share(c, room, tiles, fit);
     launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream,
                  "mixture_backward by rows", c, room);

@@ -26,31 +26,46 @@ template <class Key>
 __device__ int counting_sort(std::int32_t* order, std::int32_t* begin, std::int32_t* counts,
                              int items, int keys, int align, Key key_of) {
   __shared__ int end;
+  constexpr int kHeld = 8;  // keys that a lane keeps, read all at once
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int chunk = ceil_div(ceil_div(items, kSortWarps), kWarp) * kWarp;
   const int from = warp * chunk, to = min(items, from + chunk);
+  int held[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = from + j * kWarp + lane;
+    held[j] = i < to ? key_of(i) : -1;
+  }
+  // f(key, item) for the warp's items, 32 at a time; no item: -1.
+  const auto each = [&](auto&& f) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const int i = from + j * kWarp;
+      if (i < to) f(held[j], i + lane);
+    }
+    for (int i = from + kHeld * kWarp; i < to; i += kWarp)
+      f(i + lane < to ? key_of(i + lane) : -1, i + lane);
+  };
   std::int32_t* own = counts + warp * keys;
   for (int i = static_cast<int>(threadIdx.x); i < kSortWarps * keys; i += kSortThreads)
     counts[i] = 0;
   __syncthreads();
-  for (int i = from + lane; i - lane < to; i += kWarp) {
-    const int key = i < to ? key_of(i) : -1;
+  each([&](int key, int /*item*/) {
     const unsigned same = __match_any_sync(kAll, key);
     if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
     __syncwarp();
-  }
+  });
   __syncthreads();
   if (warp == 0) {
     int base = 0;
     for (int k0 = 0; k0 < keys; k0 += kWarp) {
       const int key = k0 + lane;
-      int total = 0;
-      for (int w = 0; w < kSortWarps && key < keys; ++w) {
-        const int count = counts[w * keys + key];
-        counts[w * keys + key] = total;
-        total += count;
-      }
+      int count[kSortWarps], total = 0;
+#pragma unroll
+      for (int w = 0; w < kSortWarps; ++w) count[w] = key < keys ? counts[w * keys + key] : 0;
+#pragma unroll
+      for (int w = 0; w < kSortWarps; ++w) total += count[w];
       total = ceil_div(total, align) * align;
       int before = total;
       for (int step = 1; step < kWarp; step *= 2) {
@@ -60,22 +75,25 @@ __device__ int counting_sort(std::int32_t* order, std::int32_t* begin, std::int3
       const int sum = __shfl_sync(kAll, before, kWarp - 1);
       before += base - total;
       if (key < keys) {
-        for (int w = 0; w < kSortWarps; ++w) counts[w * keys + key] += before;
         if (begin != nullptr) begin[key] = before;
+#pragma unroll
+        for (int w = 0; w < kSortWarps; ++w) {
+          counts[w * keys + key] = before;
+          before += count[w];
+        }
       }
       base += sum;
     }
     if (lane == 0) end = base;
   }
   __syncthreads();
-  for (int i = from + lane; i - lane < to; i += kWarp) {
-    const int key = i < to ? key_of(i) : -1;
+  each([&](int key, int item) {
     const unsigned same = __match_any_sync(kAll, key);
-    if (key >= 0) order[own[key] + __popc(same & ((1U << lane) - 1))] = i;
+    if (key >= 0) order[own[key] + __popc(same & ((1U << lane) - 1))] = item;
     __syncwarp();
     if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
     __syncwarp();
-  }
+  });
   return end;
 }
 
@@ -92,13 +110,45 @@ int most_tiles(Index rows, int experts) {
   return static_cast<int>(rows / kRows + keys + 1);
 }
 
-/// Block 0: rows by the experts of slots [first, first + count), tiles apart, -1 where a tile is
-/// not full. Block 1: all (row, slot) pairs by expert; those without come last.
+/// A2 of every expert by columns, (E, F, R) from (E, R, F).
+struct Turn {
+  Number* to;
+  const Number* from;
+  int width, rank, experts;
+  __host__ __device__ int tiles() const { return experts * (width / kColumns); }
+};
+constexpr int kTurnedTogether = 4;  // tiles of 32 columns by a block
+__host__ __device__ inline int turn_numbers(int rank) { return rank * 34; }
+__device__ void turn(const Turn& t, int first, Number* numbers) {
+  constexpr int kRowsTogether = kSortThreads / kTurnedTogether / kWarp;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, y = thread / kWarp % kRowsTogether,
+            tile = first + thread / (kSortThreads / kTurnedTogether), across = t.width / kColumns;
+  const bool there = tile < t.tiles();
+  const int f0 = tile % across * kColumns;
+  const Index expert = static_cast<Index>(tile / across) * t.width * t.rank;
+  numbers += (tile - first) * turn_numbers(t.rank);
+  if (there)
+    for (int r = y; r < t.rank; r += kRowsTogether)
+      numbers[r * 34 + lane] = t.from[expert + static_cast<Index>(r) * t.width + f0 + lane];
+  __syncthreads();
+  if (!there) return;
+  Number* out = t.to + expert + static_cast<Index>(f0) * t.rank;
+  for (int i = y * kWarp + lane; i < kColumns * t.rank; i += kRowsTogether * kWarp)
+    out[i] = numbers[i % t.rank * 34 + i / t.rank];
+}
+
+/// The first of `sorts` blocks: rows by the experts of slots [first, first + count), tiles apart,
+/// -1 where a tile is not full. The second: all (row, slot) pairs by expert; those without come
+/// last. The blocks behind them turn A2.
 __global__ void __launch_bounds__(kSortThreads)
     order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
-                 int first, int count, int keys) {
-  extern __shared__ std::int32_t counts[];
-  if (blockIdx.x == 0) {
+                 int first, int count, int keys, int sorts, Turn down) {
+  extern __shared__ __align__(16) std::int32_t counts[];
+  const auto block = static_cast<int>(blockIdx.x);
+  if (block >= sorts) {
+    turn(down, (block - sorts) * kTurnedTogether, reinterpret_cast<Number*>(counts));
+  } else if (block == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < room.most_tiles * kRows; i += kSortThreads)
       room.order[i] = -1;
     const int end = counting_sort(room.order, nullptr, counts, rows, keys, kRows, [=](int n) {
@@ -118,22 +168,10 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // ---- after the kernels ---------------------------------------------------------------------
 
-/// A2 of every expert by columns: (E, F, R) from (E, R, F). grid (F / 32, E), 32 x 8 threads.
-__global__ void turn_kernel(Number* to, const Number* from, int width, int rank) {
-  extern __shared__ Number numbers[];  // rank rows of 34
-  const int f0 = static_cast<int>(blockIdx.x) * kColumns, lane = static_cast<int>(threadIdx.x);
-  const Index expert = static_cast<Index>(blockIdx.y) * width * rank;
-  for (int r = static_cast<int>(threadIdx.y); r < rank; r += 8)
-    numbers[r * 34 + lane] = from[expert + static_cast<Index>(r) * width + f0 + lane];
-  __syncthreads();
-  Number* out = to + expert + static_cast<Index>(f0) * rank;
-  for (int i = static_cast<int>(threadIdx.y) * kWarp + lane; i < kColumns * rank; i += 8 * kWarp)
-    out[i] = numbers[i % rank * 34 + i / rank];
-}
-
 /// The sum of fragment i of a tile over the splits, in their order.
 __device__ inline float4 sum_of(const TileRoom& room, int count, int i, int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
   for (int s = 0; s < room.splits; ++s) {
     const Index block = static_cast<Index>(blockIdx.x) * room.splits + s;
     const float4 x = reinterpret_cast<const float4*>(room.sums)[(block * count + i) * kWarp + lane];
@@ -261,12 +299,6 @@ template <class F>
 TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F&& f) {
   const Cut r = cut(c, memory);
   TileRoom room{r.down_t, r.sums, 1, false};
-  if (c.down_a != nullptr) {
-    turn_kernel<<<dim3(static_cast<unsigned>(c.width / kColumns), static_cast<unsigned>(c.experts)),
-                  dim3(kWarp, 8), sizeof(Number) * 34 * static_cast<std::size_t>(c.rank), stream>>>(
-        r.down_t, c.down_a, static_cast<int>(c.width), c.rank);
-    launched("mixture: A2 by columns");
-  }
   // Two slots go together where registers admit it and, when they lie apart, where the kernels read
   // each one's d_out.
   const int together =
@@ -276,16 +308,27 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
     c.first_slot = first;
     c.adds = first > 0;
     unsigned tiles = most_blocks(c);
-    if (c.expert != nullptr) {
-      const int keys = keys_of(count, c.experts);
-      const std::size_t shared = sizeof(std::int32_t) * kSortWarps *
-                                 static_cast<std::size_t>(std::max(keys, c.experts + 1));
+    const int keys = keys_of(count, c.experts), sorts = c.expert == nullptr   ? 0
+                                                        : pairs && first == 0 ? 2
+                                                                              : 1;
+    const Turn down{r.down_t, c.down_a, static_cast<int>(c.width), c.rank, c.experts};
+    const int turned =
+        c.down_a != nullptr && first == 0 ? ceil_div(down.tiles(), kTurnedTogether) : 0;
+    if (sorts + turned > 0) {
+      const std::size_t shared =
+          std::max(sizeof(std::int32_t) * kSortWarps *
+                       static_cast<std::size_t>(sorts > 0 ? std::max(keys, c.experts + 1) : 0),
+                   sizeof(Number) * kTurnedTogether *
+                       static_cast<std::size_t>(turned > 0 ? turn_numbers(c.rank) : 0));
       check(cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared)),
             "shared memory");
-      order_kernel<<<pairs && first == 0 ? 2 : 1, kSortThreads, shared, stream>>>(
-          r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys);
+      order_kernel<<<static_cast<unsigned>(sorts + turned), kSortThreads, shared, stream>>>(
+          r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys,
+          sorts, down);
       launched("mixture order");
+    }
+    if (c.expert != nullptr) {
       c.order = r.order.order, c.tiles = r.order.tiles;
       if (pairs) c.pairs = r.order.pairs, c.pair_begin = r.order.pair_begin;
       tiles = static_cast<unsigned>(

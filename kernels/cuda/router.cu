@@ -22,10 +22,22 @@ constexpr int kWarps = 8;    // of a block whose warps take a row each
 
 constexpr int kLogitsWarps = 4;
 
+/// Lane l's first number becomes the warp's sum of number l of 2 Half: each step hands one half of
+/// the numbers on.
+template <int Half> __device__ void shared_sums(float (&x)[kWarp], int lane) {
+  const bool upper = (lane & Half) != 0;
+#pragma unroll
+  for (int i = 0; i < Half; ++i) {
+    const float other = upper ? x[i] : x[i + Half];
+    x[i] = (upper ? x[i + Half] : x[i]) + __shfl_xor_sync(cuda::kAll, other, Half);
+  }
+  if constexpr (Half > 1) shared_sums<Half / 2>(x, lane);
+}
+
 /// One block four rows and eight experts, its warps share the columns: x read once for eight
 /// experts, wg from L1.
 template <bool Aligned, class T>
-__global__ void __launch_bounds__(kLogitsWarps* kWarp, 4)
+__global__ void __launch_bounds__(kLogitsWarps* kWarp, 3)
     logits_kernel(Rows<float> logits, Rows<const T> x, Rows<const float> wg, Index rows, Index cols,
                   int experts) {
   static_assert(kTogether * kExperts == kWarp);
@@ -38,31 +50,20 @@ __global__ void __launch_bounds__(kLogitsWarps* kWarp, 4)
   for (Index col = static_cast<Index>(threadIdx.x) * kChunk; col < cols;
        col += kLogitsWarps * kWarp * kChunk) {
     const int count = cuda::chunk_at(col, cols);
-    cuda::Packed<T> own[kTogether];
+    Eight e[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
-      own[t] = cuda::take_packed<Aligned>(x.at(min(row + t, rows - 1), col), count);
+      e[t] = cuda::take<Aligned>(x.at(min(row + t, rows - 1), col), count);
 #pragma unroll
     for (int g = 0; g < kExperts; ++g) {
       const Eight w = cuda::take<Aligned>(wg.at(min(first + g, experts - 1), col), count);
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t) {
-        const Eight e = cuda::unpacked(own[t]);
+      for (int t = 0; t < kTogether; ++t)
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) sum[t * kExperts + g] += e.v[i] * w.v[i];
-      }
+        for (int i = 0; i < kChunk; ++i) sum[t * kExperts + g] += e[t].v[i] * w.v[i];
     }
   }
-  // Lane l keeps the warp's sum of number l: each step hands the other half of them on.
-#pragma unroll
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float other = upper ? sum[i] : sum[i + half];
-      sum[i] = (upper ? sum[i + half] : sum[i]) + __shfl_xor_sync(cuda::kAll, other, half);
-    }
-  }
+  shared_sums<kWarp / 2>(sum, lane);
   shared[warp][lane] = sum[0];
   __syncthreads();
   const int t = lane / kExperts, e = first + lane % kExperts;
