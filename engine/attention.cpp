@@ -102,6 +102,8 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
   k.lse = kept_.take({n, c.heads}, DType::f32);
   ops_.linear(k.qkv, normed, w.qkv);
 
+  const bool scaled = scales_qkv(step, i);
+  std::vector<std::array<LowRank, 3>> updates(step.groups.size());  // for rope to add
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
     if (g.adapter == nullptr) continue;
@@ -117,15 +119,24 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
         through_a(step, g, i, site_qkv, p_drop, a.col_range(from, to), x, l.qkv_a.at(p).compute, s);
       });
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+      const LowRank update{a.col_range(from, to), l.qkv_b.at(p).compute};
+      if (!scaled) {
+        updates[j].at(p) = update;
+        return;
+      }
       const Tensor y =
           k.qkv.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
-      ops_.gemm(y, a.col_range(from, to), false, l.qkv_b.at(p).compute, true, 1, 1);
+      ops_.gemm(y, update.a, false, update.b, true, 1, 1);
     });
   }
 
   const Scratch::Frame frame(scratch_);
   const Tensor qkv = scaled_and_roped(step, i, k);
-  if (!scales_qkv(step, i)) ops_.rope(qkv, qkv, model_.rope, step.ids, c.attention_heads(), false);
+  for (std::size_t j = 0; !scaled && j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    ops_.lora_rope(qkv.row_range(g.begin, g.end), updates[j], model_.rope, ids(step, g),
+                   c.attention_heads());
+  }
   ops_.attention(k.o, k.lse, qkv, step.sequences, c.attention_heads());
 
   // With DoRA the rows before its scale are kept: made there, scaled on their way to delta.
@@ -139,7 +150,10 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
     Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
     through_a(step, g, i, site_o, g.adapter->attention_p, a, k.o.row_range(g.begin, g.end),
               l.o_a.compute, g.adapter->attention_scale);
-    ops_.gemm(core.row_range(g.begin, g.end), a, false, l.o_b.compute, true, 1, 1);
+    if (apart)
+      ops_.gemm(core.row_range(g.begin, g.end), a, false, l.o_b.compute, true, 1, 1);
+    else
+      pending_[j] = {a, l.o_b.compute};
   }
   for (std::size_t j = 0; apart && j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
@@ -189,8 +203,8 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     const Scratch::Frame inner(scratch_);
     const Tensor d_a = scratch_.take({g.rows(), rank_of(l.o_a)}, type);
     const ConstTensor d_y = d_core.row_range(g.begin, g.end);
-    ops_.gemm(d_a, d_y, false, l.o_b.compute, false, g.adapter->attention_scale, 0);
-    ops_.gemm(l.o_b.grad, d_y, true, k.groups[j].a_o, false, 1, 1);
+    const LowRankBackward b{l.o_b.grad, d_a, d_y, k.groups[j].a_o, l.o_b.compute};
+    ops_.lora_b_backward({&b, 1}, g.adapter->attention_scale);
     through_a_backward(step, g, i, site_o, g.adapter->attention_p, l.o_a.grad,
                        d_o.row_range(g.begin, g.end), d_a, k.o.row_range(g.begin, g.end),
                        l.o_a.compute);
@@ -233,13 +247,15 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     const AdapterLayer& l = g.adapter->layout.layers[i];
     const Scratch::Frame inner(scratch_);
     const Tensor d_a = scratch_.take({g.rows(), qkv_rank(l)}, type);
+    std::array<LowRankBackward, 3> bs;
+    std::size_t count = 0;
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
       const ConstTensor d_y =
           d_qkv.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
-      ops_.gemm(d_a.col_range(from, to), d_y, false, l.qkv_b.at(p).compute, false,
-                g.adapter->attention_scale, 0);
-      ops_.gemm(l.qkv_b.at(p).grad, d_y, true, k.groups[j].a_qkv.col_range(from, to), false, 1, 1);
+      bs.at(count++) = {l.qkv_b.at(p).grad, d_a.col_range(from, to), d_y,
+                        k.groups[j].a_qkv.col_range(from, to), l.qkv_b.at(p).compute};
     });
+    ops_.lora_b_backward({bs.data(), count}, g.adapter->attention_scale);
     const float p_drop = g.adapter->attention_p;
     const ConstTensor x = normed.row_range(g.begin, g.end);
     const Tensor d_x_rows = needs_input ? d_normed.row_range(g.begin, g.end) : Tensor();

@@ -50,6 +50,14 @@ Mixture Transformer::mixture_of(const Step& step, std::size_t i, const Group& g,
   return m;
 }
 
+/// z as B2 of all experts takes it, (rows, E R): z itself where there is one expert and no choice.
+Tensor Transformer::by_expert(const GroupKept& gk, std::int64_t rows, bool per_slot) {
+  if (!gk.slots.expert && gk.slots.experts == 1) return gk.z;
+  const Tensor columns = scratch_.take({rows, gk.slots.experts * gk.slots.rank}, gk.z.dtype);
+  ops_.slots_to_columns(columns, gk.z, gk.slots, per_slot);
+  return columns;
+}
+
 void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
                                Tensor delta, bool again) {
   const trace::Range range(ops_, "feed_forward");
@@ -68,13 +76,14 @@ void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Te
   ops_.linear(k.gate_up, normed, model_.layers[i].gate_up);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    group_feed_forward(step, i, g, k.groups[j], normed.row_range(g.begin, g.end),
+    group_feed_forward(step, i, j, k.groups[j], normed.row_range(g.begin, g.end),
                        k.gate_up.row_range(g.begin, g.end), delta.row_range(g.begin, g.end), again);
   }
 }
 
-void Transformer::group_feed_forward(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
+void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_t j, GroupKept& gk,
                                      Tensor normed, ConstTensor gate_up, Tensor delta, bool again) {
+  const Group& g = step.groups[j];
   const ModelConfig& c = model_.config;
   const std::int64_t n = g.rows();
   const DType type = normed.dtype;
@@ -119,8 +128,9 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, const Grou
   ops_.mixture(h, gk.z, mixture_of(step, i, g, gk, gate_up));
   if (again && !ad.per_slot) return;  // recomputing: backward does not need the block's output
 
-  const Tensor columns = gk.z ? scratch_.take({m, width}, type) : Tensor();
-  if (gk.z) ops_.slots_to_columns(columns, gk.z, gk.slots, ad.per_slot);
+  const bool input_overflows = ad.router.capacity > 0 && ad.router.overflow == Overflow::input;
+  const float p = rate(step, static_cast<float>(ad.spec.ffn_dropout));
+  const Tensor columns = gk.z ? by_expert(gk, m, ad.per_slot) : Tensor();
   if (ad.per_slot) {
     gk.core_down = kept_.take({ad.slots, n, c.hidden}, type);
     const Tensor core = gk.core_down.reshaped({m, c.hidden});
@@ -129,12 +139,14 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, const Grou
     ops_.slot_combine(delta, gk.core_down, ad.scales[i].down, gk.slots);
   } else {
     ops_.linear(delta, h, model_.layers[i].down);
-    if (gk.z) ops_.gemm(delta, columns, false, l.down_b.compute, true, 1, 1);
+    // What the sum with the residual stream adds must be there then, and nothing change in between.
+    if (gk.z && columns.data == gk.z.data && !input_overflows && p == 0)
+      pending_[j] = {columns, l.down_b.compute};
+    else if (gk.z)
+      ops_.gemm(delta, columns, false, l.down_b.compute, true, 1, 1);
   }
-  if (ad.router.capacity > 0 && ad.router.overflow == Overflow::input)
-    ops_.overflow_input(delta, normed, gk.slots);
-  if (const float p = rate(step, static_cast<float>(ad.spec.ffn_dropout)); p > 0)
-    ops_.dropout(delta, delta, dropout_of(g, i, site_ffn_output, p), ids(step, g));
+  if (input_overflows) ops_.overflow_input(delta, normed, gk.slots);
+  if (p > 0) ops_.dropout(delta, delta, dropout_of(g, i, site_ffn_output, p), ids(step, g));
 }
 
 /// Adds the feed-forward half's gradient to d_x, which holds the gradient of x2 +
@@ -224,10 +236,9 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     Tensor q;
     if (down) {
       q = scratch_.take({rows, width}, type);
-      ops_.gemm(q, d_core, false, l.down_b.compute, false, 1, 0);
-      const Tensor columns = scratch_.take({rows, width}, type);
-      ops_.slots_to_columns(columns, gk.z, gk.slots, ad.per_slot);
-      ops_.gemm(l.down_b.grad, d_core, true, columns, false, 1, 1);
+      const LowRankBackward b{l.down_b.grad, q, d_core, by_expert(gk, rows, ad.per_slot),
+                              l.down_b.compute};
+      ops_.lora_b_backward({&b, 1}, 1);
     }
     const bool scaled = l.gate_m.present() || l.up_m.present();
     if (l.gate_m.present()) ops_.zero(ad.d_scales.gate);

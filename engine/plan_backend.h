@@ -48,6 +48,10 @@ class PlanBackend final : public Backend {
   void lora_a(Tensor, ConstTensor, ConstTensor, float, const Dropout&, RowIds, Tensor) override {}
   void lora_a_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Dropout&,
                        RowIds, Tensor) override {}
+  void lora_b_backward(std::span<const LowRankBackward>, float) override {}
+  void add_lora_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, const LowRank&, ConstTensor,
+                        float) override {}
+  void lora_rope(Tensor, const std::array<LowRank, 3>&, ConstTensor, RowIds, Heads) override {}
   void jitter(Tensor, ConstTensor, float, std::uint64_t, std::int32_t, RowIds) override {}
   void dora_scale(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor,
                   float) override {}

@@ -1,5 +1,6 @@
 #include "engine/transformer.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -30,6 +31,22 @@ void Transformer::through_a_backward(const Step& step, const Group& g, std::size
                        room);
 }
 
+void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,
+                               Tensor delta, ConstTensor w) {
+  const auto eps = static_cast<float>(model_.config.rms_eps);
+  if (std::none_of(pending_.begin(), pending_.end(), [](const LowRank& u) { return bool(u.a); })) {
+    ops_.add_rmsnorm(sum, normed, r, x, delta, w, eps);
+    return;
+  }
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
+    const Group& g = step.groups[j];
+    const auto rows = [&g](auto t) { return t.row_range(g.begin, g.end); };
+    ops_.add_lora_rmsnorm(rows(sum), rows(normed), r.col_range(g.begin, g.end).reshaped({g.rows()}),
+                          rows(x), rows(delta), pending_[j], w, eps);
+    pending_[j] = {};
+  }
+}
+
 void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
                                 Tensor delta, bool again) {
   const DType type = normed.dtype;
@@ -37,8 +54,7 @@ void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, T
   attention_forward(step, i, k, normed, delta);
   k.x2 = kept_.take({n, d}, type);
   k.r2 = kept_.take({n}, DType::f32);
-  ops_.add_rmsnorm(k.x2, normed, k.r2, k.x, delta, model_.layers[i].post_norm,
-                   static_cast<float>(model_.config.rms_eps));
+  add_and_norm(step, k.x2, normed, k.r2, k.x, delta, model_.layers[i].post_norm);
   feed_forward(step, i, k, normed, delta, again);
 }
 
@@ -54,6 +70,7 @@ Tensor Transformer::forward(const Step& step) {
 
   const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
   layers_.assign(count + 1, {});
+  pending_.assign(step.groups.size(), {});
   // Without training two inputs take turns; with it every layer keeps its own.
   std::array<std::pair<Tensor, Tensor>, 2> turns;
   if (!step.training)
@@ -77,7 +94,7 @@ Tensor Transformer::forward(const Step& step) {
     if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
     layer_forward(step, i, layers_[i], normed, delta, false);
     const ConstTensor norm = i + 1 < count ? model_.layers[i + 1].input_norm : model_.final_norm;
-    ops_.add_rmsnorm(layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta, norm, eps);
+    add_and_norm(step, layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta, norm);
   }
   return normed;
 }

@@ -74,9 +74,14 @@ class Transformer {
   Tensor scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k);
   void feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed, Tensor delta,
                     bool again);
-  void group_feed_forward(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
+  void group_feed_forward(const Step& step, std::size_t i, std::size_t j, GroupKept& gk,
                           Tensor normed, ConstTensor gate_up, Tensor delta, bool again);
   void feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
+
+  Tensor by_expert(const GroupKept& gk, std::int64_t rows, bool per_slot);
+  /// sum = x + delta and what is pending, normed = rmsnorm(sum).
+  void add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,
+                    Tensor delta, ConstTensor w);
 
   Mixture mixture_of(const Step& step, std::size_t i, const Group& g, const GroupKept& gk,
                      ConstTensor gate_up) const;
@@ -97,6 +102,7 @@ class Transformer {
   Scratch& scratch_;
   Recompute recompute_;
   std::vector<LayerKept> layers_;
+  std::vector<LowRank> pending_;  // by group: what delta still lacks, added where it is read
 };
 
 }  // namespace mixlora

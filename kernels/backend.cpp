@@ -26,4 +26,28 @@ void Backend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, Cons
   dropout_backward_add(d_x, room, d, ids);
 }
 
+void Backend::lora_b_backward(std::span<const LowRankBackward> all, float s) {
+  for (const LowRankBackward& x : all) {
+    gemm(x.d_a, x.d_y, false, x.b, false, s, 0);
+    gemm(x.d_b, x.d_y, true, x.a, false, 1, 1);
+  }
+}
+
+void Backend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                               const LowRank& update, ConstTensor w, float eps) {
+  if (update.a) gemm(delta, update.a, false, update.b, true, 1, 1);
+  add_rmsnorm(sum, y, r, x, delta, w, eps);
+}
+
+void Backend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTensor table,
+                        RowIds ids, Heads heads) {
+  std::int64_t at = 0;
+  for (const LowRank& u : updates) {
+    const std::int64_t width = (at == 0 ? heads.heads : heads.kv_heads) * heads.head_dim;
+    if (u.a) gemm(y.col_range(at, at + width), u.a, false, u.b, true, 1, 1);
+    at += width;
+  }
+  rope(y, y, table, ids, heads, false);
+}
+
 }  // namespace mixlora

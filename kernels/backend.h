@@ -1,5 +1,6 @@
 // Backend: the engine's instruction set, every operation of a training step, once.
 #pragma once
+#include <array>
 #include <memory>
 #include <span>
 #include <string>
@@ -47,6 +48,16 @@ struct DoraScale {
   Tensor scale, inverse_norm;
   ConstTensor m, w_squared, a, wa, b;
   float s = 1;
+};
+
+/// What a low-rank update adds to y: a B^T. Absent when `a` is.
+struct LowRank {
+  ConstTensor a, b;  // (N, R), (O, R)
+};
+/// One call of lora_b_backward.
+struct LowRankBackward {
+  Tensor d_b, d_a;        // (O, R) f32, added to; (N, R)
+  ConstTensor d_y, a, b;  // (N, O), (N, R), (O, R)
 };
 
 /// Grouped-query attention: H query heads, `kv_heads` key/value heads, D numbers a head.
@@ -230,6 +241,15 @@ class Backend {
   /// d_weight (R, D) f32  d_x (N, D)  d_a (N, R); room as above
   virtual void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                                ConstTensor weight, const Dropout& d, RowIds ids, Tensor room);
+
+  /// d_a = s d_y B; d_b += d_y^T a: several of as many rows at once.
+  virtual void lora_b_backward(std::span<const LowRankBackward> all, float s);
+  /// add_rmsnorm of x and delta + a B^T. `delta` is overwritten.
+  virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                const LowRank& update, ConstTensor w, float eps);
+  /// y = rope(y + a B^T), in place: an update each for the columns of q, of k and of v.
+  virtual void lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTensor table,
+                         RowIds ids, Heads heads);
 
   // ---- DoRA --------------------------------------------------------------------------------
   /// n_o^2 = |W_o|^2 + 2 s (W A^T)_o . B_o + s^2 B_o (A A^T) B_o^T, scale = m / n

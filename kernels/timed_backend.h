@@ -147,6 +147,18 @@ class TimedBackend final : public Backend {
     timed(Family::factors, "lora_a_backward",
           [&] { inner_.lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room); });
   }
+  void lora_b_backward(std::span<const LowRankBackward> all, float s) override {
+    timed(Family::factors, "lora_b_backward", [&] { inner_.lora_b_backward(all, s); });
+  }
+  void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                        const LowRank& update, ConstTensor w, float eps) override {
+    timed(Family::norms, "add_lora_rmsnorm",
+          [&] { inner_.add_lora_rmsnorm(sum, y, r, x, delta, update, w, eps); });
+  }
+  void lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTensor table, RowIds ids,
+                 Heads heads) override {
+    timed(Family::attention, "lora_rope", [&] { inner_.lora_rope(y, updates, table, ids, heads); });
+  }
   void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
               RowIds ids) override {
     timed(Family::router, "jitter", [&] { inner_.jitter(y, x, amount, seed, layer, ids); });

@@ -15,6 +15,7 @@ std::vector<OpCase> op_cases() {
   std::vector<OpCase> table;
   add_product_cases(table);
   add_row_cases(table);
+  add_low_rank_cases(table);
   add_attention_cases(table);
   add_router_cases(table);
   add_mixture_cases(table);

@@ -49,6 +49,7 @@ Parity parity(Backend& ops, const OpCase& c, std::uint64_t seed);
 
 void add_product_cases(std::vector<OpCase>& table);
 void add_row_cases(std::vector<OpCase>& table);
+void add_low_rank_cases(std::vector<OpCase>& table);
 void add_attention_cases(std::vector<OpCase>& table);
 void add_router_cases(std::vector<OpCase>& table);
 void add_mixture_cases(std::vector<OpCase>& table);

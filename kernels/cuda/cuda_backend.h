@@ -61,6 +61,11 @@ class CudaBackend final : public Backend {
   void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                        ConstTensor weight, const Dropout& d, RowIds ids,
                        Tensor room_for_rows) override;
+  void lora_b_backward(std::span<const LowRankBackward> all, float s) override;
+  void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                        const LowRank& update, ConstTensor w, float eps) override;
+  void lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTensor table, RowIds ids,
+                 Heads heads) override;
   void jitter(Tensor y, ConstTensor x, float amount, std::uint64_t seed, std::int32_t layer,
               RowIds ids) override;
   void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,

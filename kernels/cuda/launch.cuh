@@ -1,6 +1,7 @@
 // What every kernel of this folder stands on: launches, numbers of two types, sums of fixed order.
 #pragma once
 #include <cstdint>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -40,6 +41,17 @@ template <class F> void with_type(DType type, F&& f) {
 
 /// Says that a kernel's launch failed, where it was launched.
 inline void launched(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+/// Lets a kernel take up to `bytes` of shared memory a block, always the same for one kernel; asked
+/// of the driver once for each kernel and device.
+inline void admit_shared(const void* kernel, int bytes) {
+  thread_local std::set<std::pair<const void*, int>> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "the device");
+  if (!known.emplace(kernel, device).second) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "shared memory");
+}
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -2,6 +2,7 @@
 #include "kernels/reference/dora.h"
 #include "kernels/reference/dropout.h"
 #include "kernels/reference/loss.h"
+#include "kernels/reference/low_rank.h"
 #include "kernels/reference/normalisation.h"
 #include "tests/kernels/complex_step.h"
 
@@ -52,6 +53,21 @@ TEST_CASE("dropout's backward draws the forward's mask", "[kernels][gradient]") 
         return inner(g, y);
       },
       {{"x", x, d_x}});
+}
+
+TEST_CASE("a low-rank update's backward is its derivative", "[kernels][gradient]") {
+  constexpr std::int64_t n = 4, out = 7, rank = 3;
+  Numbers random(9);
+  const Real a = random.normal(n * rank), b = random.normal(out * rank), g = random.normal(n * out);
+  Real d_a = zeros(n * rank), d_b = zeros(out * rank);
+  ref::lora_b_backward(d_b.data(), d_a.data(), g.data(), a.data(), b.data(), 1, n, out, rank);
+  require_gradients(
+      [&](const std::vector<Complex>& v) {
+        Complex y(n * out);
+        ref::lora_b(y.data(), out, v[0].data(), v[1].data(), n, out, rank);
+        return inner(g, y);
+      },
+      {{"a", a, d_a}, {"B", b, d_b}});
 }
 
 TEST_CASE("jitter is its own transpose", "[kernels][gradient]") {

@@ -1,0 +1,152 @@
+// B of low-rank updates: its gradients, and a B^T added on the way through rope and RMSNorm.
+#include <array>
+#include <cmath>
+
+#include "kernels/cases/op_cases.h"
+#include "kernels/reference/attention.h"
+#include "kernels/reference/low_rank.h"
+#include "kernels/reference/normalisation.h"
+
+namespace mixlora::cases {
+namespace {
+
+using reference::Index;
+
+struct Pair {
+  Array *a = nullptr, *b = nullptr;
+  LowRank on() const { return a == nullptr ? LowRank{} : LowRank{a->device, b->device}; }
+};
+Pair update(Workbench& w, Index n, Index out, Index rank) {
+  return {&w.input({n, rank}, w.act()), &w.input({out, rank}, w.act(), 0.3)};
+}
+
+/// Several matrices, as q, k and v are: columns of one y, their ranks' columns of one a.
+OpCase backward(Index n, const std::vector<Index>& outs, Index rank) {
+  Index width = 0;
+  std::string shape = std::to_string(n);
+  for (const Index o : outs)
+    width += o, shape += (shape.find('x') < shape.size() ? "+" : "x") + std::to_string(o);
+  return {"lora_b_backward " + shape + "x" + std::to_string(rank), kSummed,
+          4.0 * static_cast<double>(n * width * rank), [=](Workbench& w) {
+            const auto count = static_cast<Index>(outs.size());
+            Array &d_y = w.input({n, width}, w.act()), &a = w.input({n, count * rank}, w.act());
+            Array& d_a = w.output("d_a", {n, count * rank}, w.act());
+            std::vector<Array*> bs, d_bs;
+            for (const Index o : outs) {
+              bs.push_back(&w.input({o, rank}, w.act(), 0.3));
+              d_bs.push_back(&w.updated("d_b", {o, rank}, DType::f32));
+            }
+            w.run = [=, &w, &d_y, &a, &d_a] {
+              std::vector<LowRankBackward> all;
+              Index at = 0, r = 0;
+              for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
+                all.push_back({d_bs[i]->device, d_a.device.col_range(r, r + rank),
+                               ConstTensor(d_y.device).col_range(at, at + outs[i]),
+                               ConstTensor(a.device).col_range(r, r + rank), bs[i]->device});
+                at += outs[i];
+              }
+              w.ops.lora_b_backward(all, 2);
+            };
+            w.reference = [=, &d_y, &a, &d_a] {
+              const auto columns = [n](Array& from, Index begin, Index size) {
+                std::vector<double> part;
+                const Index stride = static_cast<Index>(from.host.size()) / n;
+                for (Index i = 0; i < n * size; ++i)
+                  part.push_back(from.data()[i / size * stride + begin + i % size]);
+                return part;
+              };
+              Index at = 0, r = 0;
+              for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
+                std::vector<double> own(static_cast<std::size_t>(n * rank));
+                reference::lora_b_backward(
+                    d_bs[i]->data(), own.data(), columns(d_y, at, outs[i]).data(),
+                    columns(a, r, rank).data(), bs[i]->data(), 2, n, outs[i], rank);
+                for (Index k = 0; k < n * rank; ++k)
+                  d_a.data()[k / rank * count * rank + r + k % rank] =
+                      own[static_cast<std::size_t>(k)];
+                at += outs[i];
+              }
+            };
+          }};
+}
+
+OpCase norm(Index n, Index d, Index rank) {
+  constexpr float kEps = 1e-5F;
+  return {"add_lora_rmsnorm " + times({n, d, rank}), kSummed,
+          static_cast<double>(n * d) * (5 + 2.0 * static_cast<double>(rank)), [=](Workbench& w) {
+            Array &x = w.input({n, d}, w.act()), &delta = w.input({n, d}, w.act());
+            const Pair u = rank == 0 ? Pair() : update(w, n, d, rank);
+            Array &scale = w.input({d}, DType::f32, 0.2, 1),
+                  &sum = w.output("sum", {n, d}, w.act()), &y = w.output("y", {n, d}, w.act()),
+                  &r = w.output("r", {n}, DType::f32);
+            w.run = [=, &w, &x, &delta, &scale, &sum, &y, &r] {
+              w.ops.add_lora_rmsnorm(sum.device, y.device, r.device, x.device, delta.device, u.on(),
+                                     scale.device, kEps);
+            };
+            w.reference = [=, &x, &delta, &scale, &sum, &y, &r] {
+              std::vector<double> whole = delta.host;
+              if (rank > 0)
+                reference::lora_b(whole.data(), d, u.a->data(), u.b->data(), n, d, rank);
+              reference::add_rmsnorm(sum.data(), y.data(), r.data(), x.data(), whole.data(),
+                                     scale.data(), n, d, double{kEps});
+            };
+          }};
+}
+
+/// ranks of q, k, v; 0: not adapted.
+OpCase rope(Index n, Heads h, std::array<Index, 3> ranks) {
+  const Index d = h.head_dim, width = (h.heads + 2 * h.kv_heads) * d;
+  return {"lora_rope " + times({n, width, ranks[0], ranks[1], ranks[2]}), kSummed,
+          static_cast<double>(n * width) * (3 + 2.0 * static_cast<double>(ranks[0])),
+          [=](Workbench& w) {
+            Array& y = w.updated("y", {n, width}, w.act());
+            std::array<Index, 3> outs{h.heads * d, h.kv_heads * d, h.kv_heads * d};
+            std::array<Pair, 3> us;
+            for (std::size_t i = 0; i < 3; ++i)
+              if (ranks[i] > 0) us[i] = update(w, n, outs[i], ranks[i]);
+            std::vector<double> angles;
+            for (Index i = 0; i < n * d; ++i) {
+              const double angle =
+                  static_cast<double>(i / d) / static_cast<double>(1 + i % (d / 2));
+              angles.push_back(i % d < d / 2 ? std::cos(angle) : std::sin(angle));
+            }
+            Array &table = w.numbers({n, d}, DType::f32, angles), &ids = w.row_ids(n);
+            w.run = [=, &w, &y, &table, &ids] {
+              w.ops.lora_rope(y.device, {us[0].on(), us[1].on(), us[2].on()}, table.device,
+                              ids.device, h);
+            };
+            w.reference = [=, &y, &table, &ids] {
+              Index at = 0;
+              for (std::size_t i = 0; i < 3; at += outs[i++])
+                if (ranks[i] > 0)
+                  reference::lora_b(y.data() + at, width, us[i].a->data(), us[i].b->data(), n,
+                                    outs[i], ranks[i]);
+              reference::rope(y.data(), y.data(), table.data(), ids.index(), h, false, n);
+            };
+          }};
+}
+
+}  // namespace
+
+void add_low_rank_cases(std::vector<OpCase>& t) {
+  t.push_back(backward(5, {13}, 3));
+  t.push_back(backward(1, {32}, 8));
+  t.push_back(backward(37, {96, 32, 32}, 8));
+  t.push_back(backward(250, {576, 192, 192}, 16));
+  t.push_back(backward(130, {1056}, 24));
+  t.push_back(backward(64, {576}, 128));
+  t.push_back(backward(256, {4096}, 16));
+  t.push_back(norm(5, 13, 3));
+  t.push_back(norm(7, 96, 0));
+  t.push_back(norm(1, 64, 8));
+  t.push_back(norm(37, 576, 24));
+  t.push_back(norm(129, 576, 64));
+  t.push_back(norm(60, 4096, 16));
+  t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}));
+  t.push_back(rope(11, {2, 1, 64}, {8, 0, 8}));
+  t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));
+  t.push_back(rope(65, {3, 3, 128}, {0, 40, 0}));
+  t.push_back(rope(100, {4, 2, 128}, {64, 24, 16}));
+}
+
+}  // namespace mixlora::cases
