@@ -222,8 +222,6 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
                normed = scratch_.take({n, c.hidden}, type);
   // The embedding below layer 0 is frozen: nothing needs its gradient.
   const bool needs_input = i > 0;
-  const Tensor r1 = k.r1;
-  ops_.rmsnorm(normed, r1, k.x, w.input_norm, static_cast<float>(c.rms_eps));
   for (const Group& g : step.groups) {
     if (!scaled_qkv(g, i)) continue;
     const AdapterLayer& l = g.adapter->layout.layers[i];
@@ -243,7 +241,18 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   if (needs_input) ops_.linear_backward(d_normed, d_qkv, w.qkv, false);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    if (g.adapter == nullptr || qkv_rank(g.adapter->layout.layers[i]) == 0) continue;
+    const ConstTensor x = k.x.row_range(g.begin, g.end),
+                      r1 = k.r1.col_range(g.begin, g.end).reshaped({g.rows()});
+    const Tensor d_x_rows = d_x.row_range(g.begin, g.end),
+                 d_y_rows = d_normed.row_range(g.begin, g.end),
+                 y = normed.row_range(g.begin, g.end);
+    const auto through_norm = [&] {
+      if (needs_input) ops_.rmsnorm_backward(d_x_rows, d_y_rows, x, w.input_norm, r1);
+    };
+    if (g.adapter == nullptr || qkv_rank(g.adapter->layout.layers[i]) == 0) {
+      through_norm();
+      continue;
+    }
     const AdapterLayer& l = g.adapter->layout.layers[i];
     const Scratch::Frame inner(scratch_);
     const Tensor d_a = scratch_.take({g.rows(), qkv_rank(l)}, type);
@@ -257,19 +266,25 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     });
     ops_.lora_b_backward({bs.data(), count}, g.adapter->attention_scale);
     const float p_drop = g.adapter->attention_p;
-    const ConstTensor x = normed.row_range(g.begin, g.end);
-    const Tensor d_x_rows = needs_input ? d_normed.row_range(g.begin, g.end) : Tensor();
     const ConstTensor a = stacked(l, false), d_a_weight = stacked(l, true);
-    if (a && d_a_weight) {
-      through_a_backward(step, g, i, site_qkv, p_drop, writable(d_a_weight), d_x_rows, d_a, x, a);
+    if (a && d_a_weight && needs_input) {
+      through_a_and_norm_backward(step, g, i, site_qkv, p_drop, writable(d_a_weight), d_x_rows,
+                                  d_y_rows, d_a, a, x, w.input_norm, r1, y);
       continue;
     }
-    each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
-      through_a_backward(step, g, i, site_qkv, p_drop, l.qkv_a.at(p).grad, d_x_rows,
-                         d_a.col_range(from, to), x, l.qkv_a.at(p).compute);
-    });
+    ops_.rmsnorm_again(y, x, w.input_norm, r1);
+    const auto through = [&](Tensor d_weight, ConstTensor d_a_own, ConstTensor weight) {
+      through_a_backward(step, g, i, site_qkv, p_drop, d_weight, needs_input ? d_y_rows : Tensor(),
+                         d_a_own, y, weight);
+    };
+    if (a && d_a_weight)
+      through(writable(d_a_weight), d_a, a);
+    else
+      each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
+        through(l.qkv_a.at(p).grad, d_a.col_range(from, to), l.qkv_a.at(p).compute);
+      });
+    through_norm();
   }
-  if (needs_input) ops_.rmsnorm_backward(d_x, d_normed, k.x, w.input_norm, k.r1);
 }
 
 }  // namespace mixlora

@@ -160,7 +160,16 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
   const Scratch::Frame frame(scratch_);
   const Tensor normed = scratch_.take({n, c.hidden}, type),
                d_normed = scratch_.take({n, c.hidden}, type);
-  ops_.rmsnorm(normed, k.r2, k.x2, w.post_norm, static_cast<float>(c.rms_eps));
+  // A of gate and up goes with the norm before it where nothing else reads the norm's rows.
+  const auto with_norm = [&](const Group& g) {
+    if (g.adapter == nullptr || has_router(g.adapter->spec)) return false;
+    const AdapterLayer& l = layer_of(g, i);
+    return stacked(l.gate_a.compute, l.up_a.compute) && stacked(l.gate_a.grad, l.up_a.grad);
+  };
+  if (recompute_ == Recompute::gate_up ||
+      std::any_of(step.groups.begin(), step.groups.end(),
+                  [&](const Group& g) { return g.adapter != nullptr && !with_norm(g); }))
+    ops_.rmsnorm_again(normed, k.x2, w.post_norm, k.r2);
   for (const Group& g : step.groups) {
     if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
     const auto amount = static_cast<float>(jitter_noise(g.adapter->spec));
@@ -258,12 +267,24 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
   ops_.linear_backward(d_normed, d_gate_up, w.gate_up, false);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    if (g.adapter == nullptr) continue;
+    const Tensor rows = normed.row_range(g.begin, g.end),
+                 d_rows = d_normed.row_range(g.begin, g.end),
+                 d_x_rows = d_x.row_range(g.begin, g.end);
+    const ConstTensor x2 = k.x2.row_range(g.begin, g.end),
+                      r2 = k.r2.col_range(g.begin, g.end).reshaped({g.rows()});
+    if (g.adapter == nullptr) {
+      ops_.rmsnorm_backward(d_x_rows, d_rows, x2, w.post_norm, r2);
+      continue;
+    }
     const DeviceAdapter& ad = *g.adapter;
     const AdapterLayer& l = layer_of(g, i);
     const Scratch::Frame inner(scratch_);
-    const Tensor rows = normed.row_range(g.begin, g.end),
-                 d_rows = d_normed.row_range(g.begin, g.end);
+    if (with_norm(g)) {
+      through_a_and_norm_backward(
+          step, g, i, site_ffn, ad.expert_p, stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_rows,
+          ps[j], stacked(l.gate_a.compute, l.up_a.compute), x2, w.post_norm, r2, rows);
+      continue;
+    }
     if (ps[j]) {
       const std::int64_t width = ad.experts * ad.rank;
       const auto through = [&](Tensor d_weight, ConstTensor p, ConstTensor weight) {
@@ -294,8 +315,8 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
       if (amount > 0)
         ops_.jitter(d_rows, d_rows, amount, ad.seed, static_cast<std::int32_t>(i), ids(step, g));
     }
+    ops_.rmsnorm_backward(d_x_rows, d_rows, x2, w.post_norm, r2);
   }
-  ops_.rmsnorm_backward(d_x, d_normed, k.x2, w.post_norm, k.r2);
 }
 
 }  // namespace mixlora

@@ -31,6 +31,19 @@ void Transformer::through_a_backward(const Step& step, const Group& g, std::size
                        room);
 }
 
+void Transformer::through_a_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
+                                              std::uint32_t site, float p, Tensor d_weight,
+                                              Tensor d_input, Tensor d_y, ConstTensor d_a,
+                                              ConstTensor weight, ConstTensor input,
+                                              ConstTensor norm, ConstTensor r, Tensor room) {
+  const Scratch::Frame frame(scratch_);
+  const float own = rate(step, p);
+  const Tensor dropped =
+      own > 0 ? scratch_.take({input.rows(), input.cols()}, input.dtype) : Tensor();
+  ops_.lora_a_rmsnorm_backward(d_weight, d_input, d_y, d_a, weight, dropout_of(g, layer, site, own),
+                               ids(step, g), input, norm, r, room, dropped);
+}
+
 void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,
                                Tensor delta, ConstTensor w) {
   const auto eps = static_cast<float>(model_.config.rms_eps);
@@ -101,7 +114,6 @@ Tensor Transformer::forward(const Step& step) {
 
 void Transformer::backward(const Step& step, ConstTensor d_hidden) {
   const trace::Range range(ops_, "backward");
-  const auto eps = static_cast<float>(model_.config.rms_eps);
   const std::int64_t n = step.rows, d = model_.config.hidden;
   const DType type = ops_.activation_type();
   const auto count = model_.layers.size();
@@ -117,7 +129,7 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
       const trace::Range again(ops_, "recompute");
       const Scratch::Frame frame(scratch_);
       const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
-      ops_.rmsnorm(normed, k.r1, k.x, model_.layers[i].input_norm, eps);
+      ops_.rmsnorm_again(normed, k.x, model_.layers[i].input_norm, k.r1);
       layer_forward(step, i, k, normed, delta, true);
     }
     feed_forward_backward(step, i, k, d_x);

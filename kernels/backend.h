@@ -217,6 +217,8 @@ class Backend {
   /// Adds r (w d_y - x r^2 mean(x w d_y)) to d_x.  d_x, d_y, x (N, D)
   virtual void rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, ConstTensor w,
                                 ConstTensor r) = 0;
+  /// rmsnorm's y once more, to the bit, from the r it left.
+  virtual void rmsnorm_again(Tensor y, ConstTensor x, ConstTensor w, ConstTensor r) = 0;
   /// sum = x + delta, then y = rmsnorm(sum). `sum` may be `x`.
   virtual void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta,
                            ConstTensor w, float eps) = 0;
@@ -244,6 +246,13 @@ class Backend {
 
   /// d_a = s d_y B; d_b += d_y^T a: several of as many rows at once.
   virtual void lora_b_backward(std::span<const LowRankBackward> all, float s);
+  /// Both of A and of the norm y = x r w before it: d_y, y's gradient by other ways, becomes d_y +
+  /// drop(d_a A); d_weight += d_a^T drop(y); rmsnorm_backward adds d_y's to d_x. y and room (N, D)
+  /// are overwritten, as d_y may be.
+  virtual void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
+                                       ConstTensor weight, const Dropout& d, RowIds ids,
+                                       ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
+                                       Tensor room);
   /// add_rmsnorm of x and delta + a B^T. `delta` is overwritten.
   virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                 const LowRank& update, ConstTensor w, float eps);

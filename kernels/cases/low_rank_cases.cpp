@@ -4,6 +4,7 @@
 
 #include "kernels/cases/op_cases.h"
 #include "kernels/reference/attention.h"
+#include "kernels/reference/dropout.h"
 #include "kernels/reference/low_rank.h"
 #include "kernels/reference/normalisation.h"
 
@@ -24,10 +25,15 @@ Pair update(Workbench& w, Index n, Index out, Index rank) {
 OpCase backward(Index n, const std::vector<Index>& outs, Index rank) {
   Index width = 0;
   std::string shape = std::to_string(n);
-  for (const Index o : outs)
-    width += o, shape += (shape.find('x') < shape.size() ? "+" : "x") + std::to_string(o);
-  return {"lora_b_backward " + shape + "x" + std::to_string(rank), kSummed,
-          4.0 * static_cast<double>(n * width * rank), [=](Workbench& w) {
+  for (const Index o : outs) {
+    shape += width == 0 ? 'x' : '+';
+    shape += std::to_string(o);
+    width += o;
+  }
+  shape += 'x';
+  shape += std::to_string(rank);
+  return {"lora_b_backward " + shape, kSummed, 4.0 * static_cast<double>(n * width * rank),
+          [=](Workbench& w) {
             const auto count = static_cast<Index>(outs.size());
             Array &d_y = w.input({n, width}, w.act()), &a = w.input({n, count * rank}, w.act());
             Array& d_a = w.output("d_a", {n, count * rank}, w.act());
@@ -93,6 +99,41 @@ OpCase norm(Index n, Index d, Index rank) {
           }};
 }
 
+/// Memory that an operation may use as it likes.
+Array& scratch(Workbench& w, Index n, Index d) {
+  Array& a = w.output("room", {n, d}, w.act());
+  a.compared = a.counted = false;
+  return a;
+}
+OpCase norm_backward(Index n, Index d, Index rank, float p) {
+  return {"lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept"), kSummed,
+          static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)), [=](Workbench& w) {
+            const Dropout drop{p, w.key(), 7, site_ffn};
+            Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
+                  &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
+                  &d_a = w.input({n, rank}, w.act());
+            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = scratch(w, n, d),
+                  &room = scratch(w, n, d);
+            Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
+                  &d_x = w.updated("d_x", {n, d}, w.act());
+            w.run = [=, &w, &x, &a, &scale, &r, &d_a, &d_y, &ids, &y, &room, &d_weight, &d_x] {
+              w.ops.lora_a_rmsnorm_backward(d_weight.device, d_x.device, d_y.device, d_a.device,
+                                            a.device, drop, ids.device, x.device, scale.device,
+                                            r.device, y.device, room.device);
+            };
+            w.reference = [=, &x, &a, &scale, &r, &d_a, &d_y, &ids, &d_weight, &d_x] {
+              std::vector<double> seen(static_cast<std::size_t>(n * d)), whole = d_y.host;
+              for (Index i = 0; i < n * d; ++i)
+                seen[static_cast<std::size_t>(i)] =
+                    x.data()[i] * r.data()[i / d] * scale.data()[i % d];
+              reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
+                                         a.data(), drop, ids.index(), n, d, rank);
+              reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(),
+                                          r.data(), n, d);
+            };
+          }};
+}
+
 /// ranks of q, k, v; 0: not adapted.
 OpCase rope(Index n, Heads h, std::array<Index, 3> ranks) {
   const Index d = h.head_dim, width = (h.heads + 2 * h.kv_heads) * d;
@@ -142,6 +183,12 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(norm(37, 576, 24));
   t.push_back(norm(129, 576, 64));
   t.push_back(norm(60, 4096, 16));
+  t.push_back(norm_backward(5, 13, 3, 0.3F));
+  t.push_back(norm_backward(21, 64, 16, 0));
+  t.push_back(norm_backward(1, 64, 8, 0.1F));
+  t.push_back(norm_backward(37, 576, 24, 0.05F));
+  t.push_back(norm_backward(131, 576, 48, 0.05F));
+  t.push_back(norm_backward(66, 4096, 32, 0.05F));
   t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}));
   t.push_back(rope(11, {2, 1, 64}, {8, 0, 8}));
   t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));

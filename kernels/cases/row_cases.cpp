@@ -20,6 +20,15 @@ void norm_cases(std::vector<OpCase>& t, Index n, Index d) {
                    reference::rmsnorm(y.data(), r.data(), x.data(), s.data(), n, d, double{kEps});
                  };
                }});
+  t.push_back({"rmsnorm_again " + times({n, d}), kRounded, 2 * work, [=](Workbench& w) {
+                 Array &x = w.input({n, d}, w.act()), &s = w.input({d}, DType::f32, 0.2, 1);
+                 Array &r = w.input({n}, DType::f32, 0.1, 1), &y = w.output("y", {n, d}, w.act());
+                 w.run = [&] { w.ops.rmsnorm_again(y.device, x.device, s.device, r.device); };
+                 w.reference = [=, &x, &s, &y, &r] {
+                   for (Index i = 0; i < n * d; ++i)
+                     y.data()[i] = x.data()[i] * r.data()[i / d] * s.data()[i % d];
+                 };
+               }});
   t.push_back({"rmsnorm_backward " + times({n, d}), kSummed, 9 * work, [=](Workbench& w) {
                  Array &x = w.input({n, d}, w.act()), &s = w.input({d}, DType::f32, 0.2, 1);
                  Array &g = w.input({n, d}, w.act()), &d_x = w.updated("d_x", {n, d}, w.act());

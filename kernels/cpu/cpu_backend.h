@@ -44,6 +44,7 @@ class CpuBackend final : public Backend {
   void scatter_add_rows(Tensor x, ConstTensor y, ConstTensor index) override;
   void add(Tensor y, ConstTensor x) override;
   void rmsnorm(Tensor y, Tensor r, ConstTensor x, ConstTensor w, float eps) override;
+  void rmsnorm_again(Tensor y, ConstTensor x, ConstTensor w, ConstTensor r) override;
   void rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, ConstTensor w,
                         ConstTensor r) override;
   void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, ConstTensor w,

@@ -50,6 +50,7 @@ class CudaBackend final : public Backend {
   void scatter_add_rows(Tensor x, ConstTensor y, ConstTensor index) override;
   void add(Tensor y, ConstTensor x) override;
   void rmsnorm(Tensor y, Tensor r, ConstTensor x, ConstTensor w, float eps) override;
+  void rmsnorm_again(Tensor y, ConstTensor x, ConstTensor w, ConstTensor r) override;
   void rmsnorm_backward(Tensor d_x, ConstTensor d_y, ConstTensor x, ConstTensor w,
                         ConstTensor r) override;
   void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, ConstTensor w,
@@ -61,6 +62,9 @@ class CudaBackend final : public Backend {
   void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                        ConstTensor weight, const Dropout& d, RowIds ids,
                        Tensor room_for_rows) override;
+  void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
+                               ConstTensor weight, const Dropout& d, RowIds ids, ConstTensor x,
+                               ConstTensor w, ConstTensor r, Tensor y, Tensor room) override;
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override;
   void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                         const LowRank& update, ConstTensor w, float eps) override;

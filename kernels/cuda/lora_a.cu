@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/cuda/rank_tiles.cuh"
+#include "kernels/cuda/low_rank.cuh"
 
 namespace mixlora {
 namespace {
@@ -33,7 +33,8 @@ struct Call {
   const std::int32_t* ids;
   RandomKey key;
   std::uint32_t threshold, layer, site;
-  float* sums;  // forward (split, row, rank); backward (split, rank, column)
+  const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
+  float* sums;                   // forward (split, row, rank); backward (split, rank, column)
 
   __device__ Philox4 bits(int4 id, int block) const {
     return row_bits(key, layer, site, static_cast<std::uint32_t>(id.z),
@@ -53,6 +54,12 @@ __device__ unsigned masked(unsigned pair, const Philox4& bits, int i, std::uint3
 /// the next rank's lie in the other banks.
 __host__ __device__ constexpr int rank_bytes(int columns) {
   return ceil_div(columns * 2, 128) * 128 + 64;
+}
+
+/// Columns of a split at most, and the forward kernel's shared memory.
+__host__ __device__ constexpr int most_columns(int chunks) { return chunks > 3 ? 256 : 512; }
+__host__ __device__ constexpr int forward_bytes(int chunks, int columns) {
+  return 16 * chunks * rank_bytes(columns) + kForwardWarps * kStages * 2 * kPiece;
 }
 
 /// grid (rows / 128, splits): x~ A^T over `columns` columns, a warp 16 rows. A's columns lie in
@@ -159,8 +166,9 @@ template <int C> struct Stage {
   static constexpr int kBytes = kIds + kPiece / 2;
 };
 
-/// grid (columns / 32, splits): a block has 32 columns and its share of the rows.
-template <int C, bool Through>
+/// grid (columns / 32, splits): a block has 32 columns and its share of the rows. Through: d_x too;
+/// Normed: x is what the norm before A saw.
+template <int C, bool Through, bool Normed>
 __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
     backward_kernel(const Call m, float keep) {
   extern __shared__ __align__(16) std::byte memory[];
@@ -212,6 +220,20 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
                     m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
   };
 
+  float norm_w[Normed ? 8 : 1];
+  if constexpr (Normed) {
+    const cuda::Eight w = cuda::load8(m.norm_w + col);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) norm_w[i] = w.v[i];
+  }
+  /// The numbers 2i, 2i + 1 of a lane's eight as A saw them before dropout.
+  const auto seen = [&](unsigned pair, int i, float r) {
+    if constexpr (Normed)
+      return cuda::pack2(cuda::low(pair) * (r * norm_w[2 * i]),
+                         cuda::high(pair) * (r * norm_w[2 * i + 1]));
+    else
+      return pair;
+  };
   float d_weight[2][2 * C][4] = {};
   const int step = warps * kRows;
   int stage = 0;
@@ -220,6 +242,10 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
   for (int first = begin + warp * kRows; first < end; first += step) {
     if (first + step < end) fetch(stage ^ 1, first + step);
     cuda::fetch_commit();
+    float r[2] = {};
+    if constexpr (Normed)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) r[h] = __ldg(m.norm_r + min(first + g + 8 * h, end - 1));
     cuda::fetch_wait<1>();
     __syncwarp();
     std::byte* here = ring + stage * S::kBytes;
@@ -235,8 +261,10 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint2 raw = cuda::read_piece(here, h, pair, lane);
-        x[0][h] = cuda::transposed(masked(raw.x, bits[h], 2 * pair, m.threshold));
-        x[1][h] = cuda::transposed(masked(raw.y, bits[h], 2 * pair + 1, m.threshold));
+        x[0][h] =
+            cuda::transposed(masked(seen(raw.x, 2 * pair, r[h]), bits[h], 2 * pair, m.threshold));
+        x[1][h] = cuda::transposed(
+            masked(seen(raw.y, 2 * pair + 1, r[h]), bits[h], 2 * pair + 1, m.threshold));
       }
       float d[2][4] = {};
 #pragma unroll
@@ -305,10 +333,23 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
         numbers[i / kColumns * (kColumns + 1) + i % kColumns];
 }
 
-/// d_weight += keep times the sum over the splits, in their order; four numbers a thread.
+/// d_weight += keep times the sum over the splits, in their order; four numbers a thread. grid y 1:
+/// A turned over, (columns, rank); eight ranks a thread.
 __global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count, int splits,
-                                float keep) {
+                                float keep, Number* turned, const Number* weight, int cols) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (blockIdx.y == 1) {
+    const int col = i % cols, r = i / cols * 8, rank = 4 * count / cols;
+    if (r >= rank) return;
+    const auto* from = reinterpret_cast<const unsigned short*>(weight) + col;
+    unsigned words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      words[k] = static_cast<unsigned>(from[static_cast<Index>(r + 2 * k) * cols]) |
+                 static_cast<unsigned>(from[static_cast<Index>(r + 2 * k + 1) * cols]) << 16;
+    cuda::write4(turned + static_cast<Index>(col) * rank + r, words);
+    return;
+  }
   if (i >= count) return;
   float4 sum = make_float4(0, 0, 0, 0);
   for (int k = 0; k < splits; ++k) {
@@ -361,6 +402,43 @@ int splits_of(int blocks, int most) {
   return std::clamp(ceil_div(kWishedBlocks, blocks), 1, std::max(most, 1));
 }
 
+/// The passes that lora_a_backward and lora_a_rmsnorm_backward share: d_weight, and d_x when m has
+/// one. `turned`, unless null: room for A turned over.
+void weight_backward(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
+                     cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(m.cols / kColumns);
+  with_chunks(m.rank, [&](auto chunks) {
+    using S = Stage<chunks()>;
+    const auto launch = [&](auto through, auto normed) {
+      constexpr int kFactor = through() ? chunks() * kFactorBytes : 0;
+      // The sums of all warps are laid over the rings.
+      static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >=
+                    16 * chunks() * (kColumns + 1) * 4);
+      auto* kernel = backward_kernel<chunks(), through(), normed()>;
+      cuda::launch_warps(
+          kernel, cuda::fit_of(reinterpret_cast<const void*>(kernel), kFactor, 2 * S::kBytes),
+          dim3(blocks, static_cast<unsigned>(splits)), stream, "lora_a_backward", m, keep);
+    };
+    if (m.norm_r != nullptr)
+      launch(std::false_type{}, std::true_type{});
+    else if (m.d_x != nullptr)
+      launch(std::true_type{}, std::false_type{});
+    else
+      launch(std::false_type{}, std::false_type{});
+  });
+  constexpr int kThreads = 256;
+  const int count = m.rank * m.cols / 4;
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)), turned != nullptr ? 2 : 1);
+  d_weight_kernel<<<grid, kThreads, 0, stream>>>(
+      reinterpret_cast<float4*>(cuda::data<float>(d_weight)),
+      reinterpret_cast<const float4*>(m.sums), count, splits, keep, turned, m.weight, m.cols);
+  cuda::launched("lora_a_backward");
+}
+int backward_splits(ConstTensor x) {
+  return splits_of(static_cast<int>(x.cols()) / kColumns,
+                   static_cast<int>(x.rows()) / (4 * cuda::kMostWarps * kRows));
+}
+
 }  // namespace
 
 void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
@@ -370,19 +448,18 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
   const int blocks = static_cast<int>(ceil_div<Index>(x.rows(), kForwardRows)),
             cols = static_cast<int>(x.cols());
-  int columns = weight.rows() > 48 ? 256 : 512;
+  int columns = most_columns(static_cast<int>(ceil_div<Index>(weight.rows(), 16)));
   while (columns > 128 && blocks * ceil_div(cols, columns) < processors_ * 3 / 2) columns /= 2;
   const int splits = ceil_div(cols, columns);
   auto* sums = room().take<float>(splits * x.rows() * weight.rows());
   const Call m = call_of(x, weight, d, ids, sums);
   with_chunks(m.rank, [&](auto chunks) {
-    const int shared = 16 * chunks() * rank_bytes(columns) + kForwardWarps * kStages * 2 * kPiece;
-    cuda::check(cudaFuncSetAttribute(forward_kernel<chunks()>,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                "shared memory");
+    cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
+                       forward_bytes(chunks(), most_columns(chunks())));
     forward_kernel<chunks()>
         <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-           kForwardWarps * kWarp, static_cast<std::size_t>(shared), stream_>>>(m, columns);
+           kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
+           stream_>>>(m, columns);
   });
   cuda::launched("lora_a");
   constexpr int kThreads = 256;
@@ -399,38 +476,52 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
   if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
       (d_x && !by_sixteen_bytes(d_x)))
     return Backend::lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room_for_rows);
-  const int blocks = static_cast<int>(x.cols()) / kColumns;
-  const int splits = splits_of(blocks, static_cast<int>(x.rows()) / (4 * cuda::kMostWarps * kRows));
-  auto* sums = room().take<float>(splits * weight.numel());
-  Call m = call_of(x, weight, d, ids, sums);
+  const int splits = backward_splits(x);
+  Call m = call_of(x, weight, d, ids, room().take<float>(splits * weight.numel()));
   m.d_a = cuda::data<Number>(d_a);
   m.stride_d_a = d_a.stride;
   if (d_x) m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
+  weight_backward(m, splits, d_weight, dropout_scale(d.p), nullptr, stream_);
+}
+
+void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
+                                          ConstTensor weight, const Dropout& d, RowIds ids,
+                                          ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
+                                          Tensor room_for_rows) {
+  if (x.rows() == 0) return;
+  if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
+      !by_sixteen_bytes(d_x) || !by_sixteen_bytes(d_y) || !cuda::by_eights(w) || !r.contiguous() ||
+      !cuda::takes_norm_backward(x.cols()))
+    return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, d, ids, x, w, r, y,
+                                            room_for_rows);
+  const int splits = backward_splits(x);
+  Room space = room();
+  Call m = call_of(x, weight, d, ids, space.take<float>(splits * weight.numel()));
+  m.d_a = cuda::data<Number>(d_a);
+  m.stride_d_a = d_a.stride;
+  m.norm_w = cuda::data<float>(w);
+  m.norm_r = cuda::data<float>(r);
   const float keep = dropout_scale(d.p);
-  with_chunks(m.rank, [&](auto chunks) {
-    using S = Stage<chunks()>;
-    const auto launch = [&](auto through) {
-      constexpr int kFactor = through() ? chunks() * kFactorBytes : 0;
-      // The sums of all warps are laid over the rings.
-      static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >=
-                    16 * chunks() * (kColumns + 1) * 4);
-      auto* kernel = backward_kernel<chunks(), through()>;
-      cuda::launch_warps(
-          kernel, cuda::fit_of(reinterpret_cast<const void*>(kernel), kFactor, 2 * S::kBytes),
-          dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), stream_,
-          "lora_a_backward", m, keep);
-    };
-    if (d_x)
-      launch(std::true_type{});
-    else
-      launch(std::false_type{});
-  });
-  constexpr int kThreads = 256;
-  const int count = m.rank * m.cols / 4;
-  d_weight_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream_>>>(
-      reinterpret_cast<float4*>(cuda::data<float>(d_weight)), reinterpret_cast<float4*>(sums),
-      count, splits, keep);
-  cuda::launched("lora_a_backward");
+  auto* turned = space.take<Number>(weight.numel());
+  weight_backward(m, splits, d_weight, keep, turned, stream_);
+  cuda::norm_backward({cuda::data<Number>(d_x),
+                       cuda::data<Number>(ConstTensor(d_y)),
+                       m.x,
+                       d_x.stride,
+                       d_y.stride,
+                       m.stride_x,
+                       m.norm_w,
+                       m.norm_r,
+                       m.rows,
+                       m.cols,
+                       {m.d_a, turned, m.stride_d_a, m.rank},
+                       m.ids,
+                       m.key,
+                       m.threshold,
+                       m.layer,
+                       m.site,
+                       keep},
+                      stream_);
 }
 
 }  // namespace mixlora

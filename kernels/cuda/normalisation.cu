@@ -128,6 +128,21 @@ __global__ void __launch_bounds__(kMost, sizeof(T) == 2 ? kResident / kMost : 1)
   }
 }
 
+/// y = x r w, in rmsnorm's order.
+template <class T> struct Again {
+  Rows<T> y;
+  Rows<const T> x;
+  const float *w, *r;
+  template <bool Aligned> __device__ void at(Index row, Index col, int count) const {
+    Eight e = cuda::take<Aligned>(x.at(row, col), count);
+    const Eight scale = cuda::take<Aligned>(w + col, count);
+    const float inverse = r[row];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) e.v[i] *= inverse * scale.v[i];
+    cuda::put<Aligned>(y.at(row, col), e, count);
+  }
+};
+
 /// Threads for rows of `cols` numbers, and as many blocks as the device runs at once.
 struct Grid {
   unsigned blocks, threads;
@@ -169,6 +184,16 @@ void norm(cudaStream_t stream, int processors, const char* op, Tensor sum, Tenso
 
 void CudaBackend::rmsnorm(Tensor y, Tensor r, ConstTensor x, ConstTensor w, float eps) {
   norm<false>(stream_, processors_, "rmsnorm", {}, y, r, x, {}, w, eps);
+}
+void CudaBackend::rmsnorm_again(Tensor y, ConstTensor x, ConstTensor w, ConstTensor r) {
+  cuda::expect_same(y, x, "rmsnorm_again");
+  cuda::expect(w.numel() == x.cols() && r.numel() == x.rows() && r.contiguous(), "rmsnorm_again");
+  cuda::with_type(x.dtype, [&](auto number) {
+    using T = decltype(number);
+    cuda::each_chunk(stream_, "rmsnorm_again", x.rows(), x.cols(), cuda::aligned(y, x, w),
+                     Again<T>{cuda::rows_of<T>(y), cuda::rows_of<T>(x), cuda::data<float>(w),
+                              cuda::data<float>(r)});
+  });
 }
 void CudaBackend::add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta,
                               ConstTensor w, float eps) {

@@ -1,5 +1,7 @@
+#include <cstdlib>
 #include <iostream>
 #include <random>
+#include <regex>
 
 #include "kernels/cases/op_cases.h"
 #include "tests/support/catch.h"
@@ -11,7 +13,9 @@ void run_table(Backend& ops) {
   const std::uint64_t seed = std::random_device{}();
   const bool wide = ops.activation_type() == DType::f32 && ops.matrix_type() == DType::f32;
   std::cout << ops.description() << ": seed " << seed << '\n';
+  const char* only = std::getenv("MIXLORA_CASES");  // names of cases by a regular expression
   for (const auto& c : cases::op_cases()) {
+    if (only != nullptr && !std::regex_search(c.name, std::regex(only))) continue;
     const double bound = wide ? c.bound.f32 : c.bound.bf16;
     const auto found = cases::parity(ops, c, seed);
     INFO(c.name << ", " << found.array << ", seed " << seed << "; bound: " << c.bound.why);

@@ -1,0 +1,276 @@
+// RMSNorm beside low-rank updates: one of its input added before it, one of its output's gradient.
+#include <algorithm>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/low_rank.cuh"
+
+namespace mixlora {
+namespace {
+
+using cuda::Index;
+using cuda::kWarp;
+using cuda::Update;
+using Number = __nv_bfloat16;
+
+constexpr int kRows = cuda::kUpdateRows, kWarps = cuda::kUpdateWarps;
+constexpr int kTile = 64;  // columns that a warp takes at a time
+
+struct NormCall {
+  Number *sum, *y;
+  const Number *x, *delta;
+  Index stride_sum, stride_y, stride_x, stride_delta;
+  const float* w;
+  float* r;
+  int rows, cols;
+  float eps;
+  Update update;
+};
+
+/// grid (rows / 8): sum = x + delta + a B^T, y = sum r w. Two rows read, two written; the sums wait
+/// in shared memory, each lane's own.
+template <int C>
+__global__ void __launch_bounds__(kWarps* kWarp, 3)
+    norm_kernel(const __grid_constant__ NormCall m) {
+  extern __shared__ __align__(16) std::byte memory[];
+  __shared__ float squares[kWarps][kRows];
+  auto* kept = reinterpret_cast<uint4*>(memory);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int row0 = static_cast<int>(blockIdx.x) * kRows;
+  const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
+  const Index rows[2] = {row_of(2 * q), row_of(2 * q + 1)};
+  const bool live[2] = {row0 + 2 * q < m.rows, row0 + 2 * q + 1 < m.rows};
+  uint2 a[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c)
+    a[c] = m.update.ranks(m.update.a + row_of(g) * m.update.stride_a, c, q);
+
+  unsigned x[2][4], delta[2][4];
+  const auto load = [&](int col) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      cuda::load_words<8>(x[i], m.x + rows[i] * m.stride_x + col);
+      cuda::load_words<8>(delta[i], m.delta + rows[i] * m.stride_delta + col);
+    }
+  };
+  const int first = warp * kTile + 8 * g, step = kWarps * kTile;
+  if (first < m.cols) load(first);
+  float own[2] = {};
+  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
+    float sums[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        sums[j][i] = cuda::low(x[i][j]) + cuda::low(delta[i][j]);
+        sums[j][2 + i] = cuda::high(x[i][j]) + cuda::high(delta[i][j]);
+      }
+    if (col + step < m.cols) load(col + step);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) cuda::add_update<C>(sums[j], m.update, a, col + 2 * j, q);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unsigned words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = cuda::pack2(sums[j][i], sums[j][2 + i]);
+        const float low = cuda::low(words[j]), high = cuda::high(words[j]);
+        own[i] += low * low + high * high;  // as it is stored, so that rmsnorm(sum) gives the same
+      }
+      kept[at + i * kWarps * kWarp] = make_uint4(words[0], words[1], words[2], words[3]);
+      if (live[i]) cuda::store_words<8>(m.sum + rows[i] * m.stride_sum + col, words);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int apart = 4; apart < kWarp; apart *= 2)
+      own[i] += __shfl_xor_sync(cuda::kAll, own[i], apart);
+    if (g == 0) squares[warp][2 * q + i] = own[i];
+  }
+  __syncthreads();
+  float inverse[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += squares[w][2 * q + i];
+    inverse[i] = 1.0F / sqrtf(sum / static_cast<float>(m.cols) + m.eps);
+    if (warp == 0 && g == 0 && live[i]) m.r[rows[i]] = inverse[i];
+  }
+  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
+    const cuda::Eight w = cuda::load8(m.w + col);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 raw = kept[at + i * kWarps * kWarp];
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+      unsigned out[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        out[j] = cuda::pack2(cuda::low(words[j]) * (inverse[i] * w.v[2 * j]),
+                             cuda::high(words[j]) * (inverse[i] * w.v[2 * j + 1]));
+      if (live[i]) cuda::store_words<8>(m.y + rows[i] * m.stride_y + col, out);
+    }
+  }
+}
+
+/// grid (rows / 8): d_x += r w d - x r^3 mean(x w d) of d = d_y + drop(a B^T). Three rows read, one
+/// written; d waits in shared memory, each lane's own, and x comes again out of L2.
+template <int C>
+__global__ void __launch_bounds__(kWarps* kWarp, 3)
+    backward_kernel(const __grid_constant__ cuda::NormBackward m) {
+  extern __shared__ __align__(16) std::byte memory[];
+  __shared__ float dots[kWarps][kRows];
+  auto* waiting = reinterpret_cast<uint4*>(memory);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int row0 = static_cast<int>(blockIdx.x) * kRows;
+  const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
+  const Index rows[2] = {row_of(2 * q), row_of(2 * q + 1)};
+  const bool live[2] = {row0 + 2 * q < m.rows, row0 + 2 * q + 1 < m.rows};
+  const int4 ids[2] = {__ldg(reinterpret_cast<const int4*>(m.ids) + rows[0]),
+                       __ldg(reinterpret_cast<const int4*>(m.ids) + rows[1])};
+  uint2 a[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c)
+    a[c] = m.update.ranks(m.update.a + row_of(g) * m.update.stride_a, c, q);
+
+  unsigned x[2][4], other[2][4];  // of the tile to come; d_y, then d_x
+  const auto load = [&](const Number* from, Index stride, int col) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      cuda::load_words<8>(x[i], m.x + rows[i] * m.stride_x + col);
+      cuda::load_words<8>(other[i], from + rows[i] * stride + col);
+    }
+  };
+  const int first = warp * kTile + 8 * g, step = kWarps * kTile;
+  if (first < m.cols) load(m.d_y, m.stride_d_y, first);
+  float own[2] = {};
+  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
+    float sums[4][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) cuda::add_update<C>(sums[j], m.update, a, col + 2 * j, q);
+    const cuda::Eight w = cuda::load8(m.w + col);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Philox4 bits =
+          row_bits(m.key, m.layer, m.site, static_cast<std::uint32_t>(ids[i].z),
+                   static_cast<std::uint32_t>(ids[i].x), static_cast<std::uint32_t>(ids[i].y),
+                   static_cast<std::uint32_t>(col / 8));
+      unsigned words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float d[2] = {cuda::low(other[i][j]), cuda::high(other[i][j])};
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (cuda::kept(bits, 2 * j + e, m.threshold)) d[e] += m.keep * sums[j][2 * e + i];
+        words[j] = cuda::pack2(d[0], d[1]);
+        own[i] += cuda::low(x[i][j]) * (w.v[2 * j] * cuda::low(words[j])) +
+                  cuda::high(x[i][j]) * (w.v[2 * j + 1] * cuda::high(words[j]));
+      }
+      waiting[at + i * kWarps * kWarp] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    if (col + step < m.cols) load(m.d_y, m.stride_d_y, col + step);
+  }
+  if (first < m.cols) load(m.d_x, m.stride_d_x, first);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int apart = 4; apart < kWarp; apart *= 2)
+      own[i] += __shfl_xor_sync(cuda::kAll, own[i], apart);
+    if (g == 0) dots[warp][2 * q + i] = own[i];
+  }
+  __syncthreads();
+  float inverse[2], k[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += dots[w][2 * q + i];
+    inverse[i] = m.r[rows[i]];
+    k[i] = inverse[i] * inverse[i] * inverse[i] * sum / static_cast<float>(m.cols);
+  }
+  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
+    const cuda::Eight w = cuda::load8(m.w + col);
+    unsigned out[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 raw = waiting[at + i * kWarps * kWarp];
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        out[i][j] = cuda::pack2(
+            cuda::low(other[i][j]) +
+                (inverse[i] * (w.v[2 * j] * cuda::low(words[j])) - cuda::low(x[i][j]) * k[i]),
+            cuda::high(other[i][j]) + (inverse[i] * (w.v[2 * j + 1] * cuda::high(words[j])) -
+                                       cuda::high(x[i][j]) * k[i]));
+    }
+    if (col + step < m.cols) load(m.d_x, m.stride_d_x, col + step);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (live[i]) cuda::store_words<8>(m.d_x + rows[i] * m.stride_d_x + col, out[i]);
+  }
+}
+
+constexpr int kMostBytes = 96 << 10;  // of shared memory: every device from 8.0 on has them
+/// Eight rows that wait.
+Index shared_bytes(Index cols) {
+  return cuda::ceil_div<Index>(cols, kWarps * kTile) * kWarps * kTile * kRows * 2;
+}
+
+}  // namespace
+
+namespace cuda {
+
+bool takes_norm_backward(Index cols) {
+  return cols % kTile == 0 && shared_bytes(cols) <= kMostBytes;
+}
+void norm_backward(const NormBackward& m, cudaStream_t stream) {
+  with_update_chunks(m.update.rank, [&](auto chunks) {
+    auto* kernel = backward_kernel<chunks()>;
+    admit_shared(reinterpret_cast<const void*>(kernel), kMostBytes);
+    kernel<<<static_cast<unsigned>(ceil_div(m.rows, kRows)), kWarps * kWarp,
+             static_cast<std::size_t>(shared_bytes(m.cols)), stream>>>(m);
+  });
+  launched("lora_a_rmsnorm_backward");
+}
+
+}  // namespace cuda
+
+void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                   const LowRank& update, ConstTensor w, float eps) {
+  const Index shared = shared_bytes(x.cols());
+  const auto even = [&x](const auto& t) {
+    return t.dtype == DType::bf16 && cuda::by_eights(t) && t.rows() == x.rows() &&
+           t.cols() == x.cols();
+  };
+  if (!update.a || !cuda::takes_update(update, x.rows(), x.cols()) || x.cols() % kTile != 0 ||
+      shared > kMostBytes || !even(x) || !even(delta) || !even(sum) || !even(y) ||
+      !cuda::by_eights(w) || w.numel() != x.cols() || r.numel() != x.rows() || !r.contiguous() ||
+      x.rows() >= (Index{1} << 24))
+    return Backend::add_lora_rmsnorm(sum, y, r, x, delta, update, w, eps);
+  if (x.rows() == 0) return;
+  const NormCall m{cuda::data<Number>(sum),
+                   cuda::data<Number>(y),
+                   cuda::data<Number>(x),
+                   cuda::data<Number>(ConstTensor(delta)),
+                   sum.stride,
+                   y.stride,
+                   x.stride,
+                   delta.stride,
+                   cuda::data<float>(w),
+                   cuda::data<float>(r),
+                   static_cast<int>(x.rows()),
+                   static_cast<int>(x.cols()),
+                   eps,
+                   cuda::update_of(update)};
+  cuda::with_update_chunks(update.a.cols(), [&](auto chunks) {
+    auto* kernel = norm_kernel<chunks()>;
+    cuda::admit_shared(reinterpret_cast<const void*>(kernel), kMostBytes);
+    kernel<<<static_cast<unsigned>(cuda::ceil_div(m.rows, kRows)), kWarps * kWarp,
+             static_cast<std::size_t>(shared), stream_>>>(m);
+  });
+  cuda::launched("add_lora_rmsnorm");
+}
+
+}  // namespace mixlora
