@@ -45,21 +45,26 @@ __global__ void row_norms_kernel(float* norms, const T* w, Index stride, Index c
 
 }  // namespace
 
+/// Batches differ in their rows from step to step, and to ask for an algorithm takes longer than a
+/// small product: counts of rows up to one multiple of 128 share theirs. Rows are what no stride
+/// bounds.
+CudaBackend::Products::Key CudaBackend::Products::kind_of(Key key) {
+  constexpr Index kRows = 128;
+  const auto up = [](Index n) { return n <= kRows ? n : cuda::ceil_div(n, kRows) * kRows; };
+  if (!key.transpose_a) key.m = up(key.m);
+  if (key.transpose_a && !key.transpose_b) key.k = up(key.k);
+  return key;
+}
+
 CudaBackend::Products::Products(std::byte* room, cudaStream_t s) : workspace(room), stream(s) {
   check(cublasLtCreate(&handle), "cublasLtCreate");
 }
 CudaBackend::Products::~Products() {
-  for (auto& [key, p] : plans) {
-    cublasLtMatrixLayoutDestroy(p.a);
-    cublasLtMatrixLayoutDestroy(p.b);
-    cublasLtMatrixLayoutDestroy(p.c);
-    cublasLtMatmulDescDestroy(p.operation);
-  }
+  for (const auto& [key, p] : plans) release(p);
   cublasLtDestroy(handle);
 }
 
-const CudaBackend::Products::Plan& CudaBackend::Products::plan(const Key& key) {
-  if (const auto found = plans.find(key); found != plans.end()) return found->second;
+CudaBackend::Products::Plan CudaBackend::Products::describe(const Key& key) {
   Plan p;
   check(cublasLtMatmulDescCreate(&p.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "an operation");
   const cublasOperation_t first = key.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
@@ -75,7 +80,17 @@ const CudaBackend::Products::Plan& CudaBackend::Products::plan(const Key& key) {
   p.b = key.transpose_a ? layout(key.type, key.m, key.k, key.stride_a)
                         : layout(key.type, key.k, key.m, key.stride_a);
   p.c = layout(key.type_c, key.n, key.m, key.stride_c);
+  return p;
+}
 
+void CudaBackend::Products::release(const Plan& p) {
+  cublasLtMatrixLayoutDestroy(p.a);
+  cublasLtMatrixLayoutDestroy(p.b);
+  cublasLtMatrixLayoutDestroy(p.c);
+  cublasLtMatmulDescDestroy(p.operation);
+}
+
+cublasLtMatmulAlgo_t CudaBackend::Products::ask(const Key& key, const Plan& p) const {
   cublasLtMatmulPreference_t wish = nullptr;
   check(cublasLtMatmulPreferenceCreate(&wish), "a preference");
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
@@ -97,8 +112,30 @@ const CudaBackend::Products::Plan& CudaBackend::Products::plan(const Key& key) {
   cublasLtMatmulPreferenceDestroy(wish);
   check(status, "no algorithm for a product");
   if (count == 0) throw std::runtime_error("cuBLASLt: no algorithm for a product");
-  p.algorithm = result.algo;
+  return result.algo;
+}
+
+const CudaBackend::Products::Plan& CudaBackend::Products::plan(const Key& key) {
+  if (const auto found = plans.find(key); found != plans.end()) return found->second;
+  Plan p = describe(key);
+  p.algorithm = algorithm(key, p);
   return plans.emplace(key, p).first->second;
+}
+
+cublasLtMatmulAlgo_t CudaBackend::Products::algorithm(const Key& key, const Plan& p) {
+  const Key kind = kind_of(key);
+  auto known = algorithms.find(kind);
+  if (known == algorithms.end()) {
+    const Plan whole = describe(kind);
+    known = algorithms.emplace(kind, ask(kind, whole)).first;
+    release(whole);
+  }
+  cublasLtMatmulHeuristicResult_t result{};
+  const bool fits =
+      kind == key || (cublasLtMatmulAlgoCheck(handle, p.operation, p.a, p.b, p.c, p.c,
+                                              &known->second, &result) == CUBLAS_STATUS_SUCCESS &&
+                      result.workspaceSize <= kWorkspaceBytes);
+  return fits ? known->second : ask(key, p);
 }
 
 void CudaBackend::product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b,

@@ -1,4 +1,5 @@
-// Products: cuBLASLt's plans, one for each shape met, chosen once.
+// Products: cuBLASLt's plans, one for each shape met, algorithms chosen once for each kind of
+// shape.
 #pragma once
 #include <compare>
 #include <cstddef>
@@ -31,11 +32,18 @@ struct CudaBackend::Products {
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
   const Plan& plan(const Key& key);
+  /// The shape that stands for `key` when an algorithm is chosen.
+  static Key kind_of(Key key);
+  static Plan describe(const Key& key);
+  static void release(const Plan& p);
+  cublasLtMatmulAlgo_t ask(const Key& key, const Plan& p) const;
+  cublasLtMatmulAlgo_t algorithm(const Key& key, const Plan& p);
 
   cublasLtHandle_t handle = nullptr;
   std::byte* workspace;
   cudaStream_t stream;
   std::map<Key, Plan> plans;
+  std::map<Key, cublasLtMatmulAlgo_t> algorithms;  // by kind_of
 };
 
 }  // namespace mixlora
