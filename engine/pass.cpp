@@ -146,10 +146,8 @@ void Pass::loss(const HostBatch& batch, ConstTensor hidden, Tensor d_hidden) {
   }
 }
 
-std::vector<Pass::Losses> Pass::train(const HostBatch& batch,
-                                      const std::vector<float>& aux_factors) {
+void Pass::train(const HostBatch& batch, const std::vector<float>& aux_factors) {
   Step step = upload(batch);
-  const auto layers = static_cast<std::int64_t>(model_.layers.size());
   for (std::size_t j = 0; j < step.groups.size(); ++j)
     step.groups[j].aux_factor = aux_factors.at(j);
   const Scratch::Frame kept(kept_), frame(scratch_);
@@ -166,26 +164,31 @@ std::vector<Pass::Losses> Pass::train(const HostBatch& batch,
   const Tensor d_hidden = scratch_.take({step.rows, model_.config.hidden}, ops_.activation_type());
   loss(batch, hidden, d_hidden);
   transformer_.backward(step, d_hidden);
-
-  std::vector<Losses> out(batch.parts.size());
-  std::vector<float> sums(adapters_.size());
   for (const BatchPart& p : batch.parts)
     ops_.sum(piece(sums_, static_cast<std::int64_t>(p.job), static_cast<std::int64_t>(p.job) + 1),
              piece(losses_, p.label_begin, p.label_end));
+}
+
+std::vector<Pass::Losses> Pass::losses(const HostBatch& batch) const {
+  std::vector<Losses> out(batch.parts.size());
+  std::vector<float> sums(adapters_.size());
   ops_.download(sums.data(), sums_);
   for (std::size_t j = 0; j < out.size(); ++j) {
-    const Group& g = step.groups[j];
-    out[j].loss = sums.at(batch.parts[j].job);
-    if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
+    const BatchPart& part = batch.parts[j];
+    const DeviceAdapter* adapter = adapters_.at(part.job);
+    out[j].loss = sums.at(part.job);
+    if (adapter == nullptr || !has_router(adapter->spec)) continue;
     std::array<float, 2> aux{};
-    ops_.download(aux.data(), g.adapter->aux);
+    ops_.download(aux.data(), adapter->aux);
     out[j].aux = static_cast<double>(aux[0]) + static_cast<double>(aux[1]);
-    out[j].stats.resize(static_cast<std::size_t>(g.adapter->stats.numel()));
-    ops_.download(out[j].stats.data(), g.adapter->stats);
-    const std::size_t row = static_cast<std::size_t>(g.adapter->stats.cols());
-    for (std::size_t l = 0; l < static_cast<std::size_t>(layers); ++l)
-      out[j].entropy += static_cast<double>(out[j].stats[l * row + row - 1]) /
-                        static_cast<double>(layers * g.rows());
+    out[j].stats.resize(static_cast<std::size_t>(adapter->stats.numel()));
+    ops_.download(out[j].stats.data(), adapter->stats);
+    const std::size_t row = static_cast<std::size_t>(adapter->stats.cols()),
+                      layers = model_.layers.size();
+    for (std::size_t l = 0; l < layers; ++l)
+      out[j].entropy +=
+          static_cast<double>(out[j].stats[l * row + row - 1]) /
+          static_cast<double>(static_cast<std::int64_t>(layers) * (part.row_end - part.row_begin));
   }
   return out;
 }

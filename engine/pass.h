@@ -32,13 +32,16 @@ class Pass {
                                    const HostBatch& largest, bool training, Recompute recompute);
   std::size_t bytes() const { return inputs_.bytes() + kept_.capacity() + scratch_.capacity(); }
 
-  /// Forward, loss, router losses, backward. Gradients are added; results by part: sum of weighted
-  /// losses. `aux_factor` by part: see Group.
+  /// Forward, loss, router losses, backward, enqueued. Gradients are added. `aux_factor` by part:
+  /// see Group.
+  void train(const HostBatch& batch, const std::vector<float>& aux_factors);
+  /// What the last `train` of this batch came to, by part; waits for it.
   struct Losses {
-    double loss = 0, aux = 0, entropy = 0;
+    double loss = 0;  // sum of weighted losses
+    double aux = 0, entropy = 0;
     std::vector<float> stats;  // (L, 2E + 2) of this pass; empty without a router
   };
-  std::vector<Losses> train(const HostBatch& batch, const std::vector<float>& aux_factors);
+  std::vector<Losses> losses(const HostBatch& batch) const;
   /// log softmax over the whole vocabulary at the labels (row, target) of the batch.
   void log_probs(const HostBatch& batch, std::vector<float>& log_prob, std::vector<float>& greedy);
   /// Logits of `columns` at the batch's label rows: (M, columns) f32.

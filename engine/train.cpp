@@ -301,7 +301,10 @@ void Training::run(TrainResult& result, const TrainObserver& observer, const Tra
   for (const auto& o : orders_) steps = std::max(steps, o.steps());
   std::vector<LoadCounter> loads(jobs_.size());
   if (resume != nullptr) restore(*resume, loads);
-  for (std::int64_t step = resume != nullptr ? resume->step : 0; step < steps; ++step) {
+  const std::int64_t begin = resume != nullptr ? resume->step : 0;
+  // Batches are made while the device works, and results are read when all of a step is enqueued.
+  MicroBatch next = make_micro_batch(jobs_, orders_, begin, 0);
+  for (std::int64_t step = begin; step < steps; ++step) {
     if (observer.stop && observer.stop()) {
       if (observer.on_state) observer.on_state(state(step, result.recompute, loads));
       throw Interrupted("stopped between training steps");
@@ -316,8 +319,14 @@ void Training::run(TrainResult& result, const TrainObserver& observer, const Tra
       begin_step(j, step + 1);
     }
     for (std::size_t micro = 0; micro < micros; ++micro) {
-      const MicroBatch m = make_micro_batch(jobs_, orders_, step, micro);
-      const auto losses = pass_->train(m.batch, m.aux_factors);
+      const MicroBatch m = std::move(next);
+      pass_->train(m.batch, m.aux_factors);
+      const bool last = micro + 1 == micros;
+      for (std::size_t j = 0; last && j < jobs_.size(); ++j)
+        if (step < orders_[j].steps()) device_->adapters[j]->finish_step(ops_);
+      next = last ? make_micro_batch(jobs_, orders_, step + 1, 0)
+                  : make_micro_batch(jobs_, orders_, step, micro + 1);
+      const auto losses = pass_->losses(m.batch);
       for (std::size_t i = 0; i < losses.size(); ++i) {
         const BatchPart& part = m.batch.parts[i];
         StepRecord& r = records[part.job];
@@ -330,8 +339,6 @@ void Training::run(TrainResult& result, const TrainObserver& observer, const Tra
                               device_->adapters[part.job]->experts);
       }
     }
-    for (std::size_t j = 0; j < jobs_.size(); ++j)
-      if (step < orders_[j].steps()) device_->adapters[j]->finish_step(ops_);
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       if (step >= orders_[j].steps()) continue;
       float squared = 0;
