@@ -229,7 +229,7 @@ void norm_backward(const NormBackward& m, cudaStream_t stream) {
   with_update_chunks(m.update.rank, [&](auto chunks) {
     auto* kernel = backward_kernel<chunks()>;
     admit_shared(reinterpret_cast<const void*>(kernel), kMostBytes);
-    kernel<<<static_cast<unsigned>(ceil_div(m.rows, kRows)), kWarps * kWarp,
+    kernel<<<static_cast<unsigned>(ceil_div(m.rows, kUpdateRows)), kUpdateWarps * kWarp,
              static_cast<std::size_t>(shared_bytes(m.cols)), stream>>>(m);
   });
   launched("lora_a_rmsnorm_backward");

@@ -287,7 +287,6 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
   if (m.gate_up.rows() == 0) return;
   if (!d_gate_up.contiguous() || !d_out.contiguous() || (q && !q.contiguous()))
     throw std::logic_error("mixture_backward: a strided view");
-  if (p) zero(p);
   cuda::with_type(d_gate_up.dtype, [&](auto number) {
     using T = decltype(number);
     auto c = call_of<T>(m);
@@ -302,6 +301,13 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
     c.d_down_a = cuda::data<float>(grads.down_a);
     c.d_gate_scale = cuda::data<float>(grads.gate_scale);
     c.d_up_scale = cuda::data<float>(grads.up_scale);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (in_tiles(c) && cuda::single_takes(c)) {
+        cuda::single_backward(c, room().take<std::byte>(static_cast<Index>(cuda::single_bytes(c))),
+                              stream_);
+        return;
+      }
+    if (p) zero(p);
     if (in_tiles(c)) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>)
         cuda::tiles_backward(c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))),

@@ -84,5 +84,10 @@ std::size_t tiles_bytes(const TileCall& c);
 /// `memory` has tiles_bytes(); both enqueue on `stream`.
 void tiles_forward(TileCall c, void* memory, cudaStream_t stream);
 void tiles_backward(TileCall c, void* memory, cudaStream_t stream);
+/// The same of backward in one pass, for one expert without a choice, of what tiles_take: all three
+/// factors of at most 16 ranks with their gradients, and p.
+bool single_takes(const TileCall& c);
+std::size_t single_bytes(const TileCall& c);
+void single_backward(const TileCall& c, void* memory, cudaStream_t stream);
 
 }  // namespace mixlora::cuda
