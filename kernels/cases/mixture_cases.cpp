@@ -137,7 +137,9 @@ OpCase backward(const Block& b) {
           return like ? &w.updated(name, like->device.shape, DType::f32) : nullptr;
         };
         Array& d_gate_up = w.output("d_gate_up", {n, 2 * f}, w.act());
-        Array* d_weight = b.per_slot ? nullptr : &w.output("d_weight", {n, b.slots}, DType::f32);
+        // Without a choice nobody asks for its gradient; the first cases do all the same.
+        const bool weighs = !b.per_slot && (b.routed() || b.rank % 16 != 0);
+        Array* d_weight = weighs ? &w.output("d_weight", {n, b.slots}, DType::f32) : nullptr;
         Array* dp = p.a ? &w.output("p", {n, 2 * e * r}, w.act()) : nullptr;
         Array *gb = grad("d_gate_b", p.gate_b), *ub = grad("d_up_b", p.up_b),
               *da = grad("d_down_a", p.down_a);
@@ -260,6 +262,10 @@ void add_mixture_cases(std::vector<OpCase>& t) {
       {"DoRA 37x96 r32", 37, 96, 1, 1, 32, true, true, true, true, false, 0.1F},
       {"LoRA 2200x512 r8", 2200, 512, 1, 1, 8, true, true, true, false, false, 0.05F},
       {"MixLoRA 1600x512 E4 K2 r8", 1600, 512, 4, 2, 8, true, true, true, false, false, 0.05F},
+      {"LoRA 9x128 r16", 9, 128, 1, 1, 16, true, true, true},
+      {"LoRA 75x352 r16", 75, 352, 1, 1, 16, true, true, true, false, false, 0.05F},
+      {"DoRA 70x160 r8", 70, 160, 1, 1, 8, true, true, true, true, true, 0.05F},
+      {"LoRA 40x11008 r16 (Llama)", 40, 11008, 1, 1, 16, true, true, true, false, false, 0.05F},
       {"MixLoRA 16x11008 E8 K2 r16 (Llama)", 16, 11008, 8, 2, 16, true, true, true, false, false,
        0.05F}};
   for (const Block& b : blocks) {

@@ -117,7 +117,7 @@ template <class T> void mixture(T* out, T* z, const MixtureInput<T>& m) {
 }
 
 /// dh_k = w_k (d_out + s drop(A2_e^T q_e)), w_k = 1 when per_slot (it is inside d_out and q)
-/// d_weight (N, K) = <h_k, d_out> + <z_k, q_e>, not written when per_slot
+/// d_weight (N, K) = <h_k, d_out> + <z_k, q_e>, not written when per_slot, may be null
 /// d_gate_up (N, 2F)  p (N, 2 E R) = s B^T d(c + B a)  gradients added
 /// d_out (N, F), or (K, N, F) when per_slot  q (N, E R), or (K N, E R) when per_slot
 template <class T>
@@ -133,7 +133,7 @@ void mixture_backward(T* d_gate_up, T* d_weight, T* p, const MixtureOutputGrads<
       const Index e = m.slots.expert_of(n, k), slot_row = (m.per_slot ? k * m.rows : 0) + n;
       const T w = m.per_slot ? T(1) : m.slots.weight_of(n, k);
       const bool down = q && m.down_a && e >= 0;
-      if (!m.per_slot) d_weight[n * k_count + k] = T{};
+      if (!m.per_slot && d_weight != nullptr) d_weight[n * k_count + k] = T{};
       if (m.slots.empty(n, k)) continue;
       const T* q_e = down ? q + (slot_row * experts + e) * rank : nullptr;
       T d_w = down && !m.per_slot ? dot(z + (n * k_count + k) * rank, q_e, rank) : T{};
@@ -165,7 +165,7 @@ void mixture_backward(T* d_gate_up, T* d_weight, T* p, const MixtureOutputGrads<
           if (grads.up_b) grads.up_b[at] += d_up * m.a[j];
         }
       }
-      if (!m.per_slot) d_weight[n * k_count + k] = d_w;
+      if (!m.per_slot && d_weight != nullptr) d_weight[n * k_count + k] = d_w;
     }
 }
 

@@ -1,0 +1,359 @@
+// Backward of the mixture where there is one expert and no choice (LoRA, DoRA): d_gate_up, p and
+// all gradients in one pass. Traffic of a row: 10 F bytes, and 16 R for every 128 columns.
+#include <algorithm>
+
+#include "kernels/cuda/mixture_tiles.cuh"
+
+namespace mixlora::cuda {
+namespace {
+
+constexpr int kWarps = 4, kBlockColumns = kWarps * kColumns;
+constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
+
+/// A warp's stage: c1, c3 and d_out of rows g and g + 8, the 16 rows' a of gate and up, q, ids.
+constexpr int kRanks = 6 * kPiece, kIds = kRanks + 3 * kPiece, kStage = kIds + kPiece / 2;
+/// B1, B3 and A2 of a warp's columns, two stages, and where the warps' p meet, twice.
+constexpr int kWarpBytes = 3 * kFactorBytes + 2 * kStage + 2 * 4 * kPiece;
+
+/// What blocks leave: (block of columns, row, 2 R); (split, F R) of B1, of B3, of A2; (split, F) of
+/// either scale.
+struct Sums {
+  float *p, *b1, *b3, *a2, *scale1, *scale3;
+  int blocks, splits;
+};
+
+/// grid (F / 128, splits of the rows). Factors as fetch_factor lays them, fetched once.
+template <bool Scaled>
+__global__ void __launch_bounds__(kWarps* kWarp, 3)
+    single_kernel(const __grid_constant__ TileCall m, const Sums out) {
+  extern __shared__ __align__(16) std::byte shared[];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int width = static_cast<int>(m.width), rows = static_cast<int>(m.rows), rank = m.rank;
+  const int f0 = static_cast<int>(blockIdx.x) * kBlockColumns + warp * kColumns, col = f0 + 8 * q;
+  const int tiles = ceil_div(rows, kRows), splits = static_cast<int>(gridDim.y),
+            split = static_cast<int>(blockIdx.y);
+  const int begin = tiles * split / splits * kRows,
+            end = min(rows, tiles * (split + 1) / splits * kRows);
+  const bool there = f0 < width;  // the last block's warps may have no columns, but meet the others
+  const bool drops = m.threshold != 0;
+  const std::uint32_t threshold = m.threshold << 16;
+  const float keep_scale = m.scale * m.keep;
+
+  std::byte* own = shared + warp * (3 * kFactorBytes + 2 * kStage);
+  std::byte* ring = own + 3 * kFactorBytes;
+  auto* meeting = reinterpret_cast<float4*>(shared + kWarps * (3 * kFactorBytes + 2 * kStage));
+  const std::uint32_t factors = shared_address(own), ring_address = shared_address(ring),
+                      own_row = factor_row(lane), own_ranks = rank_row(lane);
+  if (there) {
+    fetch_factor<1>(factors, m.gate_b + static_cast<Index>(f0) * rank, rank, lane);
+    fetch_factor<1>(factors + kFactorBytes, m.up_b + static_cast<Index>(f0) * rank, rank, lane);
+    auto* turned = reinterpret_cast<Number*>(own + 2 * kFactorBytes);
+    for (int i = lane; i < 16 * kColumns; i += kWarp) {
+      const int c = i % kColumns, r = i / kColumns, a = c / 8, b = c % 8;
+      turned[(4 * b + a) * 16 + 8 * (r / 8 ^ (b & 1)) + r % 8] =
+          r < rank ? m.down_a[static_cast<Index>(r) * width + f0 + c] : Number(0.0F);
+    }
+  }
+  float s1[Scaled ? 8 : 1], s3[Scaled ? 8 : 1];
+  if constexpr (Scaled)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      s1[i] = there && m.gate_scale != nullptr ? m.gate_scale[col + i] : 1.0F;
+      s3[i] = there && m.up_scale != nullptr ? m.up_scale[col + i] : 1.0F;
+    }
+
+  const auto fetch = [&](int stage, int first) {
+    if (there && first < end) {
+      const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * kStage);
+      const std::uint32_t piece = at + static_cast<std::uint32_t>(16 * lane);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const Index row = min(first + g + 8 * h, end - 1);
+        const Number* from = m.gate_up + row * 2 * width + col;
+        fetch16(piece + static_cast<std::uint32_t>(h * kPiece), from);
+        fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
+        fetch16(piece + static_cast<std::uint32_t>((4 + h) * kPiece), m.d_out + row * width + col);
+      }
+      // Rows that are not there have no ranks, and so no part in the sums over rows.
+      const int row = first + lane / 2, ranks = row < end ? rank : 0;
+      const Index safe = min(row, end - 1);
+      const Number* a = m.a + safe * 2 * rank;
+      fetch_ranks<1>(at + kRanks, a, ranks, lane);
+      fetch_ranks<1>(at + kRanks + kPiece, a + rank, ranks, lane);
+      fetch_ranks<1>(at + kRanks + 2 * kPiece, m.q + safe * rank, ranks, lane);
+      if (drops && lane < kRows)
+        fetch16(at + static_cast<std::uint32_t>(kIds + 16 * lane),
+                m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
+    }
+    fetch_commit();
+  };
+
+  float b1[2][2][4] = {}, b3[2][2][4] = {}, a2[4][4] = {};
+  float scale1[Scaled ? 8 : 1] = {}, scale3[Scaled ? 8 : 1] = {};
+  int stage = 0;
+  fetch(0, begin);
+  for (int first = begin; first < end; first += kRows) {
+    fetch(stage ^ 1, first + kRows);
+    fetch_wait<1>();
+    __syncwarp();
+    float p[4][4] = {};  // eight ranks of gate's, eight more, then up's
+    if (there) {
+      std::byte* here = ring + stage * kStage;
+      const std::uint32_t ranks =
+          ring_address + static_cast<std::uint32_t>(stage * kStage + kRanks) + own_ranks;
+      Philox4 bits[2] = {};
+      if (drops)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          bits[h] =
+              m.bits(*reinterpret_cast<const int4*>(here + kIds + 16 * (g + 8 * h)), 0, col / 8);
+      const bool live[2] = {first + g < end, first + g + 8 < end};
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float u[2][4], v[2][4], d[2][4] = {}, from_out[2][4];
+        start(u, read_piece(here, 0, pair, lane), read_piece(here, 1, pair, lane));
+        start(v, read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane));
+        start(from_out, read_piece(here, 4, pair, lane), read_piece(here, 5, pair, lane));
+        const std::uint32_t b = factors + own_row + static_cast<std::uint32_t>(512 * pair);
+        const auto add = [&](float(&to)[2][4], int which) {
+          unsigned a[4], w[4];
+          read_matrices(a, ranks + static_cast<std::uint32_t>(which * kPiece));
+          read_matrices(w, b + static_cast<std::uint32_t>(which * kFactorBytes));
+          mma(to[0], a[0], a[1], a[2], a[3], w[0], w[1]);
+          mma(to[1], a[0], a[1], a[2], a[3], w[2], w[3]);
+        };
+        add(u, 0);
+        add(v, 1);
+        add(d, 2);
+        unsigned gate[2][2], up[2][2], dropped[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float x[4], y[4], z[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int t = i / 2, at = 2 * h + i % 2;
+            const float kept_scale =
+                !drops || kept(bits[h], 4 * pair + i, threshold) ? keep_scale : 0.0F;
+            float gate_u = u[t][at], value = v[t][at];
+            if constexpr (Scaled) gate_u *= s1[4 * pair + i], value *= s3[4 * pair + i];
+            const Silu act = silu(gate_u);
+            const float d_h = from_out[t][at] + kept_scale * d[t][at];
+            x[i] = d_h * value * act.slope;
+            y[i] = d_h * act.value;
+            z[i] = kept_scale * act.value * value;
+            if constexpr (Scaled) {
+              if (live[h]) {
+                scale1[4 * pair + i] += x[i] * u[t][at];
+                scale3[4 * pair + i] += y[i] * v[t][at];
+              }
+              x[i] *= s1[4 * pair + i], y[i] *= s3[4 * pair + i];
+            }
+          }
+          gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
+          up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
+          dropped[0][h] = pack2(z[0], z[1]), dropped[1][h] = pack2(z[2], z[3]);
+          // The lane's c1 and c3 of this pair are read: their place takes the gradients.
+          auto* to = reinterpret_cast<uint2*>(here + h * kPiece + 16 * lane + 8 * pair);
+          to[0] = make_uint2(gate[0][h], gate[1][h]);
+          to[2 * kPiece / 8] = make_uint2(up[0][h], up[1][h]);
+        }
+        const auto rows_of = [&](float* sums, const unsigned(&x)[2][2], int which) {
+          collect_ranks<1>(*reinterpret_cast<float(*)[2][4]>(sums), x,
+                           b + static_cast<std::uint32_t>(which * kFactorBytes));
+        };
+        rows_of(p[0], gate, 0);
+        rows_of(p[2], up, 1);
+        const auto columns_of = [&](float(&sums)[2][4], const unsigned(&x)[2][2], int which) {
+          unsigned a[4];
+          read_matrices_trans(a, ranks + static_cast<std::uint32_t>(which * kPiece));
+          const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]),
+                         x2 = transposed(x[0][1]), x3 = transposed(x[1][1]);
+          mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
+          mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
+        };
+        columns_of(b1[pair], gate, 0);
+        columns_of(b3[pair], up, 1);
+        unsigned a[4];
+        read_matrices_trans(a, ranks + static_cast<std::uint32_t>(2 * kPiece));
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+          mma(a2[2 * pair + t], a[0], a[2], a[1], a[3], transposed(dropped[t][0]),
+              transposed(dropped[t][1]));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!live[h]) continue;
+        const auto* from = reinterpret_cast<const uint4*>(here + h * kPiece + 16 * lane);
+        auto* row = reinterpret_cast<uint4*>(
+            m.d_gate_up + static_cast<Index>(first + g + 8 * h) * 2 * width + col);
+        row[0] = from[0];
+        row[width / 8] = from[2 * kPiece / 16];
+      }
+    }
+    // The warps' columns of p, in the order of the warps.
+    float4* turn = meeting + stage * kWarps * 4 * kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      turn[(warp * 4 + i) * kWarp + lane] = make_float4(p[i][0], p[i][1], p[i][2], p[i][3]);
+    __syncthreads();
+    const auto* parts = reinterpret_cast<const float2*>(turn);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int at = static_cast<int>(threadIdx.x) + k * kWarps * kWarp, i = at / (2 * kWarp),
+                from = at % (2 * kWarp) / 2;
+      float2 sum = make_float2(0, 0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = parts[w * 4 * 2 * kWarp + at];
+        sum.x += part.x, sum.y += part.y;
+      }
+      const int row = first + from / 4 + 8 * (at % 2), r = 8 * (i % 2) + 2 * (from % 4);
+      if (row < end && r < rank)
+        *reinterpret_cast<float2*>(
+            out.p + (static_cast<Index>(blockIdx.x) * rows + row) * 2 * rank + i / 2 * rank + r) =
+            sum;
+    }
+    stage ^= 1;
+  }
+  fetch_wait<0>();
+  if (!there) return;
+
+  const Index place = static_cast<Index>(split) * width;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int f = f0 + g / 2 * 8 + 2 * (2 * pair + k) + g % 2, r = 8 * half + 2 * q;
+        if (r >= rank) continue;
+        const Index at = (place + f) * rank + r;
+        const float *x = b1[pair][half], *y = b3[pair][half];
+        *reinterpret_cast<float2*>(out.b1 + at) = make_float2(x[2 * k], x[2 * k + 1]);
+        *reinterpret_cast<float2*>(out.b3 + at) = make_float2(y[2 * k], y[2 * k + 1]);
+      }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (const int r = g + 8 * half; r < rank)
+        *reinterpret_cast<float2*>(out.a2 + place * rank + static_cast<Index>(r) * width + col +
+                                   2 * j) = make_float2(a2[j][2 * half], a2[j][2 * half + 1]);
+  if constexpr (Scaled)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int apart = 4; apart < kWarp; apart *= 2) {
+        scale1[i] += __shfl_xor_sync(kAll, scale1[i], apart);
+        scale3[i] += __shfl_xor_sync(kAll, scale3[i], apart);
+      }
+      if (g == 0) out.scale1[place + col + i] = scale1[i], out.scale3[place + col + i] = scale3[i];
+    }
+}
+
+/// grid (parts, 6): p = s times its sums; B1, B3, A2 and both scales += theirs; four numbers a
+/// thread.
+__global__ void finish_kernel(const __grid_constant__ TileCall m, const Sums in) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int which = static_cast<int>(blockIdx.y);
+  const auto sum_of = [i](const float* from, int parts, Index quads) {
+    const auto* at = reinterpret_cast<const float4*>(from) + i;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+    for (int k = 0; k < parts; ++k) {
+      const float4 part = at[k * quads];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    return sum;
+  };
+  if (which == 0) {
+    const Index quads = m.rows * 2 * m.rank / 4;
+    if (i >= quads) return;
+    const float4 sum = sum_of(in.p, in.blocks, quads);
+    reinterpret_cast<uint2*>(m.p)[i] = make_uint2(pack2(m.scale * sum.x, m.scale * sum.y),
+                                                  pack2(m.scale * sum.z, m.scale * sum.w));
+    return;
+  }
+  float* const to[] = {m.d_gate_b, m.d_up_b, m.d_down_a, m.d_gate_scale, m.d_up_scale};
+  const float* const from[] = {in.b1, in.b3, in.a2, in.scale1, in.scale3};
+  float* grads = nullptr;
+  const float* sums = nullptr;
+#pragma unroll
+  for (int k = 0; k < 5; ++k)
+    if (which == k + 1) grads = to[k], sums = from[k];
+  const Index quads = m.width * (which > 3 ? 1 : m.rank) / 4;
+  if (grads == nullptr || i >= quads) return;
+  const float4 sum = sum_of(sums, in.splits, quads);
+  float4 old = reinterpret_cast<float4*>(grads)[i];
+  old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
+  reinterpret_cast<float4*>(grads)[i] = old;
+}
+
+/// Rounds of blocks times what one takes, in tiles of rows and its beginning and end.
+int splits_of(int tiles, int blocks, int together) {
+  constexpr int kAround = 6, kMost = 16;
+  int best = 1, least = 0;
+  for (int s = 1; s <= std::min(tiles, kMost); ++s) {
+    const int time = ceil_div(blocks * s, together) * (ceil_div(tiles, s) + kAround);
+    if (s == 1 || time < least) best = s, least = time;
+  }
+  return best;
+}
+
+template <bool Scaled> Fit fit() {
+  return fit_of(reinterpret_cast<const void*>(single_kernel<Scaled>), 0, kWarpBytes);
+}
+Sums sums_of(const TileCall& c, void* room, std::size_t& bytes) {
+  const Fit own = has_scales(c) ? fit<true>() : fit<false>();
+  Sums s{};
+  s.blocks = static_cast<int>(ceil_div<Index>(c.width, kBlockColumns));
+  s.splits = splits_of(static_cast<int>(ceil_div<Index>(c.rows, kRows)), s.blocks, own.together);
+  auto* at = static_cast<float*>(room);
+  const auto take = [&at](Index count) {
+    float* own_at = at;
+    at += ceil_div<Index>(count, 64) * 64;
+    return own_at;
+  };
+  s.p = take(s.blocks * c.rows * 2 * c.rank);
+  for (float** part : {&s.b1, &s.b3, &s.a2}) *part = take(s.splits * c.width * c.rank);
+  for (float** part : {&s.scale1, &s.scale3}) *part = take(s.splits * c.width);
+  bytes = static_cast<std::size_t>(at - static_cast<float*>(room)) * sizeof(float);
+  return s;
+}
+
+}  // namespace
+
+bool single_takes(const TileCall& c) {
+  if (c.experts != 1 || c.slots != 1 || c.expert != nullptr || c.weight != nullptr ||
+      c.d_weight != nullptr || c.rank > 16 || c.gate_b == nullptr || c.up_b == nullptr ||
+      c.down_a == nullptr || c.q == nullptr || c.p == nullptr || c.d_gate_b == nullptr ||
+      c.d_up_b == nullptr || c.d_down_a == nullptr)
+    return false;
+  const Fit own = has_scales(c) ? fit<true>() : fit<false>();
+  std::size_t bytes = 0;
+  sums_of(c, nullptr, bytes);
+  return own.warps == kWarps && bytes <= kMostBytes;
+}
+std::size_t single_bytes(const TileCall& c) {
+  std::size_t bytes = 0;
+  sums_of(c, nullptr, bytes);
+  return bytes;
+}
+void single_backward(const TileCall& c, void* memory, cudaStream_t stream) {
+  std::size_t bytes = 0;
+  const Sums s = sums_of(c, memory, bytes);
+  const dim3 grid(static_cast<unsigned>(s.blocks), static_cast<unsigned>(s.splits));
+  if (has_scales(c))
+    launch_warps(single_kernel<true>, fit<true>(), grid, stream, "mixture_backward", c, s);
+  else
+    launch_warps(single_kernel<false>, fit<false>(), grid, stream, "mixture_backward", c, s);
+  constexpr int kThreads = 128;
+  const Index most = std::max(c.rows * 2, c.width) * c.rank / 4;
+  finish_kernel<<<dim3(static_cast<unsigned>(ceil_div<Index>(most, kThreads)),
+                       has_scales(c) ? 6 : 4),
+                  kThreads, 0, stream>>>(c, s);
+  launched("mixture_backward");
+}
+
+}  // namespace mixlora::cuda
