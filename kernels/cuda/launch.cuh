@@ -42,6 +42,14 @@ template <class F> void with_type(DType type, F&& f) {
 /// Says that a kernel's launch failed, where it was launched.
 inline void launched(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+/// Bytes of shared memory that a block may take here.
+inline int most_shared() {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "the device");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "shared memory");
+  return most;
+}
 /// Lets a kernel take up to `bytes` of shared memory a block, always the same for one kernel; asked
 /// of the driver once for each kernel and device.
 inline void admit_shared(const void* kernel, int bytes) {

@@ -491,7 +491,7 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
   if (x.rows() == 0) return;
   if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
       !by_sixteen_bytes(d_x) || !by_sixteen_bytes(d_y) || !cuda::by_eights(w) || !r.contiguous() ||
-      !cuda::takes_norm_backward(x.cols()))
+      !cuda::takes_norm_backward(x.cols(), weight.rows()))
     return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, d, ids, x, w, r, y,
                                             room_for_rows);
   const int splits = backward_splits(x);

@@ -85,17 +85,28 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
 
   std::byte* ring = memory + warp * kStages * S::kBytes;
   const std::uint32_t ring_address = cuda::shared_address(ring), own_ranks = cuda::rank_row(lane);
+  constexpr int kRowBytes = kOwn * kColumns * 2;
+  /// Columns 4 j .. 4 j + 3 of this lane's eight of tile t, row g + 8 h.
+  const auto own_piece = [&](const std::byte* stage, int t, int h, int j) {
+    return *reinterpret_cast<const uint2*>(stage + (g + 8 * h) * kRowBytes +
+                                           16 * ((4 * t + q) ^ 4 * (g & 1)) + 8 * j);
+  };
   const auto fetch = [&](int stage, int first) {
     if (first < end) {
       const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
+      // Eight lanes a row of 128 bytes; a row's sixteens change places by the row (see
+      // `own_piece`).
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const Number* row =
-            one.d_y + static_cast<Index>(min(first + g + 8 * h, end - 1)) * one.stride_d_y;
+      for (int i = 0; i < 4; ++i) {
+        const int r = lane / 8 + 4 * i;
+        const Number* row = one.d_y + static_cast<Index>(min(first + r, end - 1)) * one.stride_d_y;
 #pragma unroll
-        for (int t = 0; t < kOwn; ++t)
-          cuda::fetch16(at + static_cast<std::uint32_t>((2 * t + h) * kPiece + 16 * lane),
-                        row + (there(t) ? f0 + t * kColumns + 8 * q : 0), there(t));
+        for (int k = 0; k < kOwn / 2; ++k) {
+          const int unit = lane % 8 + 8 * k;
+          const bool live = f0 + 8 * unit < one.cols;
+          cuda::fetch16(at + static_cast<std::uint32_t>(r * kRowBytes + 16 * (unit ^ 4 * (r & 1))),
+                        row + (live ? f0 + 8 * unit : 0), live);
+        }
       }
       // Rows that are not there add nothing.
       const int row = first + lane / 2;
@@ -127,8 +138,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
     for (int t = 0; t < kOwn; ++t)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint2 x = cuda::read_piece(here, 2 * t, j, lane),
-                    y = cuda::read_piece(here, 2 * t + 1, j, lane);
+        const uint2 x = own_piece(here, t, 0, j), y = own_piece(here, t, 1, j);
         const unsigned x0 = cuda::transposed(x.x), x1 = cuda::transposed(x.y),
                        y0 = cuda::transposed(y.x), y1 = cuda::transposed(y.y);
 #pragma unroll

@@ -13,7 +13,13 @@ using cuda::Update;
 using Number = __nv_bfloat16;
 
 constexpr int kRows = cuda::kUpdateRows, kWarps = cuda::kUpdateWarps;
-constexpr int kTile = 64;  // columns that a warp takes at a time
+constexpr int kOwn = 8, kTile = 8 * kOwn;  // columns of a lane; that a warp takes at a time
+
+/// Eight rows that wait in shared memory, and behind them a tile of B for each warp.
+__host__ __device__ constexpr int waiting_bytes(int cols) {
+  return cuda::ceil_div(cols, kWarps * kTile) * kWarps * kTile * kRows * 2;
+}
+template <int C> constexpr int kTileBytes = C* cuda::kUpdateTile<kOwn>;
 
 struct NormCall {
   Number *sum, *y;
@@ -29,7 +35,7 @@ struct NormCall {
 /// grid (rows / 8): sum = x + delta + a B^T, y = sum r w. Two rows read, two written; the sums wait
 /// in shared memory, each lane's own.
 template <int C>
-__global__ void __launch_bounds__(kWarps* kWarp, 3)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     norm_kernel(const __grid_constant__ NormCall m) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ float squares[kWarps][kRows];
@@ -40,10 +46,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
   const Index rows[2] = {row_of(2 * q), row_of(2 * q + 1)};
   const bool live[2] = {row0 + 2 * q < m.rows, row0 + 2 * q + 1 < m.rows};
+  const std::uint32_t tile =
+      cuda::shared_address(memory) +
+      static_cast<std::uint32_t>(waiting_bytes(m.cols) + warp * kTileBytes<C>);
+  const auto fetch = [&](int from) {  // from: a tile's first column
+    if (from < m.cols)
+      cuda::fetch_update<kOwn, C>(tile, m.update.b + static_cast<Index>(from) * m.update.rank,
+                                  m.update.rank, lane, kWarp);
+    cuda::fetch_commit();
+  };
+  fetch(warp * kTile);
   uint2 a[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c)
-    a[c] = m.update.ranks(m.update.a + row_of(g) * m.update.stride_a, c, q);
+  for (int c = 0; c < C; ++c) a[c] = m.update.ranks(row_of(g), c, q);
 
   unsigned x[2][4], delta[2][4];
   const auto load = [&](int col) {
@@ -66,8 +81,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         sums[j][2 + i] = cuda::high(x[i][j]) + cuda::high(delta[i][j]);
       }
     if (col + step < m.cols) load(col + step);
+    cuda::fetch_wait<0>();
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) cuda::add_update<C>(sums[j], m.update, a, col + 2 * j, q);
+    for (int j = 0; j < 4; ++j) cuda::add_update<kOwn, C>(sums[j], tile, a, j, lane);
+    __syncwarp();
+    fetch(col - 8 * g + step);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       unsigned words[4];
@@ -117,7 +136,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
 /// grid (rows / 8): d_x += r w d - x r^3 mean(x w d) of d = d_y + drop(a B^T). Three rows read, one
 /// written; d waits in shared memory, each lane's own, and x comes again out of L2.
 template <int C>
-__global__ void __launch_bounds__(kWarps* kWarp, 3)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     backward_kernel(const __grid_constant__ cuda::NormBackward m) {
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ float dots[kWarps][kRows];
@@ -130,10 +149,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   const bool live[2] = {row0 + 2 * q < m.rows, row0 + 2 * q + 1 < m.rows};
   const int4 ids[2] = {__ldg(reinterpret_cast<const int4*>(m.ids) + rows[0]),
                        __ldg(reinterpret_cast<const int4*>(m.ids) + rows[1])};
+  const std::uint32_t tile =
+      cuda::shared_address(memory) +
+      static_cast<std::uint32_t>(waiting_bytes(m.cols) + warp * kTileBytes<C>);
+  const auto fetch = [&](int from) {  // from: a tile's first column
+    if (from < m.cols)
+      cuda::fetch_update<kOwn, C>(tile, m.update.b + static_cast<Index>(from) * m.update.rank,
+                                  m.update.rank, lane, kWarp);
+    cuda::fetch_commit();
+  };
+  fetch(warp * kTile);
   uint2 a[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c)
-    a[c] = m.update.ranks(m.update.a + row_of(g) * m.update.stride_a, c, q);
+  for (int c = 0; c < C; ++c) a[c] = m.update.ranks(row_of(g), c, q);
 
   unsigned x[2][4], other[2][4];  // of the tile to come; d_y, then d_x
   const auto load = [&](const Number* from, Index stride, int col) {
@@ -148,8 +176,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   float own[2] = {};
   for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
     float sums[4][4] = {};
+    cuda::fetch_wait<0>();
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) cuda::add_update<C>(sums[j], m.update, a, col + 2 * j, q);
+    for (int j = 0; j < 4; ++j) cuda::add_update<kOwn, C>(sums[j], tile, a, j, lane);
+    __syncwarp();
+    fetch(col - 8 * g + step);
     const cuda::Eight w = cuda::load8(m.w + col);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -212,25 +244,28 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   }
 }
 
-constexpr int kMostBytes = 96 << 10;  // of shared memory: every device from 8.0 on has them
-/// Eight rows that wait.
-Index shared_bytes(Index cols) {
-  return cuda::ceil_div<Index>(cols, kWarps * kTile) * kWarps * kTile * kRows * 2;
+int shared_bytes(Index cols, int chunks) {
+  return waiting_bytes(static_cast<int>(cols)) +
+         kWarps * chunks * static_cast<int>(cuda::kUpdateTile<kOwn>);
+}
+/// Whether rows of `cols` numbers fit beside B of `rank` ranks.
+bool fits(Index cols, Index rank) {
+  return cols % kTile == 0 && cols < (1 << 16) &&
+         shared_bytes(cols, static_cast<int>(cuda::ceil_div<Index>(rank, 16))) + 1024 <=
+             cuda::most_shared();
 }
 
 }  // namespace
 
 namespace cuda {
 
-bool takes_norm_backward(Index cols) {
-  return cols % kTile == 0 && shared_bytes(cols) <= kMostBytes;
-}
+bool takes_norm_backward(Index cols, Index rank) { return fits(cols, rank); }
 void norm_backward(const NormBackward& m, cudaStream_t stream) {
   with_update_chunks(m.update.rank, [&](auto chunks) {
     auto* kernel = backward_kernel<chunks()>;
-    admit_shared(reinterpret_cast<const void*>(kernel), kMostBytes);
+    admit_shared(reinterpret_cast<const void*>(kernel), most_shared() - 1024);
     kernel<<<static_cast<unsigned>(ceil_div(m.rows, kUpdateRows)), kUpdateWarps * kWarp,
-             static_cast<std::size_t>(shared_bytes(m.cols)), stream>>>(m);
+             static_cast<std::size_t>(shared_bytes(m.cols, chunks())), stream>>>(m);
   });
   launched("lora_a_rmsnorm_backward");
 }
@@ -239,13 +274,12 @@ void norm_backward(const NormBackward& m, cudaStream_t stream) {
 
 void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                    const LowRank& update, ConstTensor w, float eps) {
-  const Index shared = shared_bytes(x.cols());
   const auto even = [&x](const auto& t) {
     return t.dtype == DType::bf16 && cuda::by_eights(t) && t.rows() == x.rows() &&
            t.cols() == x.cols();
   };
-  if (!update.a || !cuda::takes_update(update, x.rows(), x.cols()) || x.cols() % kTile != 0 ||
-      shared > kMostBytes || !even(x) || !even(delta) || !even(sum) || !even(y) ||
+  if (!update.a || !cuda::takes_update(update, x.rows(), x.cols()) ||
+      !fits(x.cols(), update.a.cols()) || !even(x) || !even(delta) || !even(sum) || !even(y) ||
       !cuda::by_eights(w) || w.numel() != x.cols() || r.numel() != x.rows() || !r.contiguous() ||
       x.rows() >= (Index{1} << 24))
     return Backend::add_lora_rmsnorm(sum, y, r, x, delta, update, w, eps);
@@ -266,9 +300,9 @@ void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x
                    cuda::update_of(update)};
   cuda::with_update_chunks(update.a.cols(), [&](auto chunks) {
     auto* kernel = norm_kernel<chunks()>;
-    cuda::admit_shared(reinterpret_cast<const void*>(kernel), kMostBytes);
+    cuda::admit_shared(reinterpret_cast<const void*>(kernel), cuda::most_shared() - 1024);
     kernel<<<static_cast<unsigned>(cuda::ceil_div(m.rows, kRows)), kWarps * kWarp,
-             static_cast<std::size_t>(shared), stream_>>>(m);
+             static_cast<std::size_t>(shared_bytes(x.cols(), chunks())), stream_>>>(m);
   });
   cuda::launched("add_lora_rmsnorm");
 }

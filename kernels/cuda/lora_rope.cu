@@ -27,20 +27,42 @@ struct RopeCall {
 };
 
 /// grid (rows / 64, heads): a row of q, k, v read and written. A lane has D / 16 columns of each
-/// half of a head, so that a pair of rope's is in one lane.
+/// half of a head, so that a pair of rope's is in one lane. B of the block's heads comes first.
 template <int D, int C>
-__global__ void __launch_bounds__(kWarps* kWarp) rope_kernel(const __grid_constant__ RopeCall m) {
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    rope_kernel(const __grid_constant__ RopeCall m) {
+  extern __shared__ __align__(16) std::byte memory[];
   constexpr int kOwn = D / 16, kHalf = D / 2;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int row0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kRows;
-  if (row0 >= m.rows) return;
-  const auto row_of = [&](int i) { return min(row0 + i, m.rows - 1); };
+  const int begin = static_cast<int>(blockIdx.y) * m.heads_a_block,
+            end = min(m.heads, begin + m.heads_a_block);
+  const auto part_of = [&](int head) {
+    return head >= m.first[2] ? 2 : head >= m.first[1] ? 1 : 0;
+  };
+  const std::uint32_t tiles = cuda::shared_address(memory);
+  constexpr int kTile = C * cuda::kUpdateTile<kOwn>;  // of half a head
+  for (int head = begin; head < end; ++head) {
+    const int part = part_of(head);
+    const Update& u = m.updates[part];
+    if (u.a == nullptr) continue;
+    for (int half = 0; half < 2; ++half)
+      cuda::fetch_update<kOwn, C>(
+          tiles + static_cast<std::uint32_t>((2 * (head - begin) + half) * kTile),
+          u.b + static_cast<Index>((head - m.first[part]) * D + half * kHalf) * u.rank, u.rank,
+          static_cast<int>(threadIdx.x), kWarps * kWarp);
+  }
+  cuda::fetch_commit();
+
+  const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
   float cosine[2][kOwn], sine[2][kOwn];
   Number* y[2];
+  bool live[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = row_of(2 * q + i);
+    const Index row = row_of(2 * q + i);
+    live[i] = row0 + 2 * q + i < m.rows;
     y[i] = m.y + row * m.stride + kOwn * g;
     const float* angles = m.table + static_cast<Index>(m.ids[4 * row + 1]) * D + kOwn * g;
 #pragma unroll
@@ -51,58 +73,69 @@ __global__ void __launch_bounds__(kWarps* kWarp) rope_kernel(const __grid_consta
       sine[i][j] = s.x, sine[i][j + 1] = s.y, sine[i][j + 2] = s.z, sine[i][j + 3] = s.w;
     }
   }
-  const int begin = static_cast<int>(blockIdx.y) * m.heads_a_block,
-            end = min(m.heads, begin + m.heads_a_block);
-  uint2 a[C] = {};
-  int part = -1;
-  for (int head = begin; head < end; ++head) {
-    const int own = head >= m.first[2] ? 2 : head >= m.first[1] ? 1 : 0;
-    const Update& u = m.updates[own];
-    if (own != part && u.a != nullptr)
-#pragma unroll
-      for (int c = 0; c < C; ++c) a[c] = u.ranks(u.a + row_of(g) * u.stride_a, c, q);
-    part = own;
-
-    unsigned words[2][2][kOwn / 2];  // half, row
+  unsigned words[2][2][kOwn / 2];  // half, row; of the head to come
+  const auto load = [&](int head) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         cuda::load_words<kOwn>(words[half][i], y[i] + head * D + half * kHalf);
+  };
+  load(begin);
+  cuda::fetch_wait<0>();
+  __syncthreads();
+
+  uint2 a[C] = {};
+  int last = -1;
+  for (int head = begin; head < end; ++head) {
+    const int part = part_of(head);
+    const Update& u = m.updates[part];
+    const bool adds = u.a != nullptr;
+    if (part != last && adds)
+#pragma unroll
+      for (int c = 0; c < C; ++c) a[c] = u.ranks(row_of(g), c, q);
+    last = part;
     float sums[2][kOwn / 2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int j = 0; j < kOwn / 2; ++j) {
+      for (int j = 0; j < kOwn / 2; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           sums[half][j][i] = cuda::low(words[half][i][j]);
           sums[half][j][2 + i] = cuda::high(words[half][i][j]);
         }
-        if (u.a != nullptr)
-          cuda::add_update<C>(sums[half][j], u, a,
-                              (head - m.first[own]) * D + half * kHalf + kOwn * g + 2 * j, q);
-      }
+    if (head + 1 < end) load(head + 1);
+    if (adds)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kOwn / 2; ++j)
+          cuda::add_update<kOwn, C>(
+              sums[half][j],
+              tiles + static_cast<std::uint32_t>((2 * (head - begin) + half) * kTile), a, j, lane);
+    const bool turned = head < m.turned;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      unsigned out[2][kOwn / 2];
 #pragma unroll
       for (int j = 0; j < kOwn / 2; ++j) {
         float left[2], right[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           left[e] = sums[0][j][2 * e + i], right[e] = sums[1][j][2 * e + i];
-          if (head >= m.turned) continue;
+          if (!turned) continue;
           const float c = cosine[i][2 * j + e], s = sine[i][2 * j + e], l = left[e];
           left[e] = l * c - right[e] * s;
           right[e] = right[e] * c + l * s;
         }
-        words[0][i][j] = cuda::pack2(left[0], left[1]);
-        words[1][i][j] = cuda::pack2(right[0], right[1]);
+        out[0][j] = cuda::pack2(left[0], left[1]);
+        out[1][j] = cuda::pack2(right[0], right[1]);
       }
-      if (row0 + 2 * q + i >= m.rows) continue;
+      if (!live[i]) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        cuda::store_words<kOwn>(y[i] + head * D + half * kHalf, words[half][i]);
+        cuda::store_words<kOwn>(y[i] + head * D + half * kHalf, out[half]);
     }
   }
 }
@@ -137,16 +170,17 @@ void CudaBackend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, Con
   for (std::size_t i = 0; i < 3; ++i) m.updates[i] = cuda::update_of(updates[i]);
   // Few heads a block where rows are few; the rows' angles are read by every block of theirs.
   const int blocks = cuda::ceil_div(m.rows, kWarps * kRows);
-  m.heads_a_block = 8;
+  m.heads_a_block = rank > 32 ? 2 : rank > 16 ? 4 : 8;
   while (m.heads_a_block > 1 && blocks * cuda::ceil_div(m.heads, m.heads_a_block) < 4 * processors_)
     m.heads_a_block /= 2;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(cuda::ceil_div(m.heads, m.heads_a_block)));
   cuda::with_update_chunks(rank, [&](auto chunks) {
+    const auto shared = static_cast<std::size_t>(m.heads_a_block * chunks() * h.head_dim * 32);
     if (h.head_dim == 64)
-      rope_kernel<64, chunks()><<<grid, kWarps * kWarp, 0, stream_>>>(m);
+      rope_kernel<64, chunks()><<<grid, kWarps * kWarp, shared, stream_>>>(m);
     else
-      rope_kernel<128, chunks()><<<grid, kWarps * kWarp, 0, stream_>>>(m);
+      rope_kernel<128, chunks()><<<grid, kWarps * kWarp, shared, stream_>>>(m);
   });
   cuda::launched("lora_rope");
 }

@@ -1,8 +1,9 @@
 // a B^T in passes that read and write y anyway: rope's, and RMSNorm's.
 //
 // A warp takes 8 rows. B's columns are the tensor core's 16 rows and the 8 rows its columns, so
-// that a lane has eight neighbouring columns of two rows, 2q and 2q + 1, and the ranks' order is
-// its own: lane q takes four neighbours of a sixteen.
+// that a lane has P neighbouring columns of two rows, 2q and 2q + 1: columns P g .. P g + P - 1 of
+// a tile of 8 P. B's tiles go through shared memory, where what a warp reads together lies in
+// different banks.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -20,23 +21,41 @@ struct Update {
   const __nv_bfloat16 *a, *b;
   Index stride_a;
   int rank;
-  /// This lane's four ranks of chunk c, of one row of a or of B.
-  __device__ uint2 ranks(const __nv_bfloat16* row, int c, int q) const {
-    const int at = 16 * c + 4 * q;
-    return at < rank ? __ldg(reinterpret_cast<const uint2*>(row + at)) : make_uint2(0, 0);
+  /// The tensor core's operand of row `g` of a, ranks 16 c and on.
+  __device__ uint2 ranks(Index row, int c, int q) const {
+    const int at = 16 * c + 2 * q;
+    const __nv_bfloat16* p = a + row * stride_a + at;
+    return make_uint2(at < rank ? load_pair(p) : 0, at + 8 < rank ? load_pair(p + 8) : 0);
   }
 };
 
-/// y += a B^T for columns `column` (of this lane's first rows) and `column` + 1 of 8 rows:
-/// sums[0], [1] are rows 2q, 2q + 1 of the first, [2], [3] of the second.
-template <int C>
-__device__ void add_update(float (&sums)[4], const Update& u, const uint2 (&a)[C], int column,
-                           int q) {
-  const __nv_bfloat16* b = u.b + static_cast<Index>(column) * u.rank;
+/// Bytes of a tile of 8 P columns by 16 ranks.
+template <int P> constexpr int kUpdateTile = 8 * P * 32;
+/// Sends C of them on their way, thread `own` of `threads`; `b` is the first column's ranks. Four
+/// columns share 128 bytes, in which a lane group's sixteen bytes have a place of its own.
+template <int P, int C>
+__device__ void fetch_update(std::uint32_t to, const __nv_bfloat16* b, int rank, int own,
+                             int threads) {
+  for (int i = own; i < 16 * P * C; i += threads) {
+    const int chunk = i / (16 * P), c = i % (16 * P) / 2, half = i % 2, at = 16 * chunk + 8 * half;
+    const bool there = at < rank;
+    fetch16(to + static_cast<std::uint32_t>(chunk * kUpdateTile<P> + c / 4 * 128 +
+                                            16 * ((c % 4 * 2 + half) ^ (c / P))),
+            there ? b + c * rank + at : b, there);
+  }
+}
+/// y += a B^T for columns P g + 2j and P g + 2j + 1 of the tile: sums[0], [1] are rows 2q, 2q + 1
+/// of the first, [2], [3] of the second.
+template <int P, int C>
+__device__ void add_update(float (&sums)[4], std::uint32_t tile, const uint2 (&a)[C], int j,
+                           int lane) {
+  const int g = lane % 8, unit = (4 * (j % 2) + 2 * (lane / 8 % 2) + lane / 16) ^ g;
+  const std::uint32_t at = tile + static_cast<std::uint32_t>((P / 4 * g + j / 2) * 128 + 16 * unit);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const uint2 first = u.ranks(b, c, q), second = u.ranks(b + u.rank, c, q);
-    mma(sums, first.x, second.x, first.y, second.y, a[c].x, a[c].y);
+    unsigned b[4];
+    read_matrices(b, at + static_cast<std::uint32_t>(c * kUpdateTile<P>));
+    mma(sums, b[0], b[1], b[2], b[3], a[c].x, a[c].y);
   }
 }
 
@@ -84,8 +103,8 @@ struct NormBackward {
   std::uint32_t threshold, layer, site;
   float keep;
 };
-/// Whether rows of `cols` numbers fit.
-bool takes_norm_backward(Index cols);
+/// Whether rows of `cols` numbers and so many ranks fit.
+bool takes_norm_backward(Index cols, Index rank);
 void norm_backward(const NormBackward& m, cudaStream_t stream);
 
 /// f of the sixteens of ranks, as compiled.
