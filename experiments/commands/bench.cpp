@@ -1,6 +1,7 @@
 // bench: steps of every method on real batches, timed: tokens a second, peak bytes, scoring.
 #include <algorithm>
 #include <fstream>
+#include <random>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -55,6 +56,8 @@ class ProductsOnly {
     arena_.declare("h", h_, {kChunk, c.hidden}, type);
     arena_.declare("logits", logits_, {kChunk, c.vocab}, type);
     arena_.commit(ops);
+    fill(x_);
+    fill(h_);
   }
   /// Multiply-adds of one step, times two.
   double flops() const {
@@ -71,7 +74,8 @@ class ProductsOnly {
     for (std::int64_t at = 0; at < labels_; at += kChunk) {
       const std::int64_t m = std::min(kChunk, labels_ - at);
       ops_.linear(logits_.row_range(0, m), h_.row_range(0, m), model_.head);
-      ops_.linear_backward(h_.row_range(0, m), logits_.row_range(0, m), model_.head, false);
+      ops_.linear_backward(narrow(y_, m, model_.config.hidden), logits_.row_range(0, m),
+                           model_.head, false);
     }
     all_layers(false);
   }
@@ -95,8 +99,23 @@ class ProductsOnly {
         if (forward)
           ops_.linear(narrow(y_, rows, w.out), narrow(x_, rows, w.in), w);
         else if (i > 0 || !first)
-          ops_.linear_backward(narrow(x_, rows, w.in), narrow(y_, rows, w.out), w, false);
+          ops_.linear_backward(narrow(y_, rows, w.in), narrow(x_, rows, w.out), w, false);
       });
+  }
+  /// Normal numbers, a million over and over, for zeros are not what a step multiplies: they cost
+  /// less power, which is what bounds large products.
+  void fill(Tensor t) {
+    const std::int64_t most = std::min(t.rows(), std::max<std::int64_t>(1, (1 << 20) / t.cols()));
+    std::mt19937_64 random(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> numbers(static_cast<std::size_t>(most * t.cols()));
+    for (float& x : numbers) x = normal(random);
+    const std::vector<Bf16> halves(numbers.begin(), numbers.end());
+    for (std::int64_t at = 0; at < t.rows(); at += most) {
+      const Tensor rows = t.row_range(at, std::min(t.rows(), at + most));
+      ops_.upload(rows, t.dtype == DType::bf16 ? static_cast<const void*>(halves.data())
+                                               : static_cast<const void*>(numbers.data()));
+    }
   }
 
   Backend& ops_;
