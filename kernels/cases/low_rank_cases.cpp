@@ -99,12 +99,6 @@ OpCase norm(Index n, Index d, Index rank) {
           }};
 }
 
-/// Memory that an operation may use as it likes.
-Array& scratch(Workbench& w, Index n, Index d) {
-  Array& a = w.output("room", {n, d}, w.act());
-  a.compared = a.counted = false;
-  return a;
-}
 OpCase norm_backward(Index n, Index d, Index rank, float p) {
   return {"lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept"), kSummed,
           static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)), [=](Workbench& w) {
@@ -112,8 +106,8 @@ OpCase norm_backward(Index n, Index d, Index rank, float p) {
             Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
                   &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
                   &d_a = w.input({n, rank}, w.act());
-            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = scratch(w, n, d),
-                  &room = scratch(w, n, d);
+            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
+                  &room = w.scratch({n, d});
             Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
                   &d_x = w.updated("d_x", {n, d}, w.act());
             w.run = [=, &w, &x, &a, &scale, &r, &d_a, &d_y, &ids, &y, &room, &d_weight, &d_x] {

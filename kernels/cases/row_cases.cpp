@@ -94,13 +94,6 @@ void mask_cases(std::vector<OpCase>& t, Index n, Index c) {
                }});
 }
 
-/// Memory that an operation may use as it likes.
-Array& scratch(Workbench& w, Index n, Index c) {
-  Array& a = w.output("room", {n, c}, w.act());
-  a.compared = a.counted = false;
-  return a;
-}
-
 void lora_a_cases(std::vector<OpCase>& t, Index n, Index c, Index rank, float p,
                   bool through = true) {
   const double work = 2.0 * static_cast<double>(n * c * rank);
@@ -109,7 +102,7 @@ void lora_a_cases(std::vector<OpCase>& t, Index n, Index c, Index rank, float p,
   t.push_back({"lora_a " + shape, kSummed, work, [=](Workbench& w) {
                  const Dropout drop{p, w.key(), 7, site_o};
                  Array &x = w.input({n, c}, w.act()), &a = w.input({rank, c}, w.act(), 0.1),
-                       &ids = w.row_ids(n), &room = scratch(w, n, c);
+                       &ids = w.row_ids(n), &room = w.scratch({n, c});
                  Array& y = w.output("a", {n, rank}, w.act());
                  w.run = [=, &w, &x, &a, &ids, &room, &y] {
                    w.ops.lora_a(y.device, x.device, a.device, 2, drop, ids.device, room.device);
@@ -123,7 +116,7 @@ void lora_a_cases(std::vector<OpCase>& t, Index n, Index c, Index rank, float p,
                  const Dropout drop{p, w.key(), 7, site_o};
                  Array &x = w.input({n, c}, w.act()), &a = w.input({rank, c}, w.act(), 0.1),
                        &g = w.input({n, rank}, w.act()), &ids = w.row_ids(n),
-                       &room = scratch(w, n, c);
+                       &room = w.scratch({n, c});
                  Array& d_a = w.updated("d_weight", {rank, c}, DType::f32);
                  Array* d_x = through ? &w.updated("d_x", {n, c}, w.act()) : nullptr;
                  w.run = [=, &w, &x, &a, &g, &ids, &room, &d_a] {

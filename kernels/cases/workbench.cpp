@@ -72,6 +72,11 @@ Array& Workbench::output(std::string name, Shape shape, DType type) {
   upload(a);
   return a;
 }
+Array& Workbench::scratch(Shape shape) {
+  Array& a = output("room", std::move(shape), act());
+  a.compared = a.counted = false;
+  return a;
+}
 Array& Workbench::row_ids(std::int64_t rows) {
   std::vector<std::int32_t> ids;
   for (std::int64_t n = 0; n < rows; ++n)

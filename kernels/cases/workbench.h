@@ -44,6 +44,8 @@ class Workbench {
   Array& integers(Shape shape, std::vector<std::int32_t> values);
   /// NaN (i32: -7), to be overwritten.
   Array& output(std::string name, Shape shape, DType type);
+  /// Activations that an operation may use as it likes.
+  Array& scratch(Shape shape);
   /// {sample, position, step, adapter} of `rows` rows, positions from 0.
   Array& row_ids(std::int64_t rows);
   std::int32_t below(std::int64_t n);
