@@ -628,19 +628,11 @@ template <class T> AttentionCall<T> call_of(ConstTensor qkv, const Sequences& s,
 /// Launches a kernel with more shared memory than is given by default.
 template <class Kernel, class Call>
 void launch(Kernel kernel, dim3 grid, int bytes, cudaStream_t stream, const Call& call) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "shared memory");
+  admit_shared(reinterpret_cast<const void*>(kernel), bytes);
   kernel<<<grid, kThreads, static_cast<std::size_t>(bytes), stream>>>(call);
 }
 
 bool few_keys(const Sequences& s, int size) { return s.max_length + s.max_prefix <= size; }
-/// True when a block may have so much shared memory.
-bool gives(int device, int bytes) {
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "attributes");
-  return bytes <= most;
-}
 unsigned blocks_of(std::int64_t rows, int size) {
   return static_cast<unsigned>(ceil_div<Index>(rows, size));
 }
@@ -688,7 +680,7 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
 #endif
     const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
     constexpr int kBytes = TileRows<d()>::bytes(kQueries + 4 * kSeenKeys);
-    if (few_keys(s, kFewSeenKeys) || !gives(device_, kBytes))
+    if (few_keys(s, kFewSeenKeys) || kBytes > most_shared())
       launch(tile_forward<d(), kFewSeenKeys>, blocks,
              TileRows<d()>::bytes(kQueries + 4 * kFewSeenKeys), stream_, c);
     else
@@ -745,7 +737,7 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
 #endif
     const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
     constexpr int kBytes = TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys);
-    if (few_keys(s, kFewMetKeys) || !gives(device_, kBytes))
+    if (few_keys(s, kFewMetKeys) || kBytes > most_shared())
       launch(tile_d_query<d(), kFewMetKeys>, blocks,
              TileRows<d()>::bytes(2 * kQueries + 4 * kFewMetKeys), stream_, c);
     else

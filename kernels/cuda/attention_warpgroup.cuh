@@ -88,8 +88,7 @@ template <class... Parameters, class... Arguments>
 void launch_walk(void (*kernel)(Parameters...), const AttentionCall<Number>& c, int heads,
                  int pairs, int processors, int bytes, cudaStream_t stream,
                  const Arguments&... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "shared memory");
+  admit_shared(reinterpret_cast<const void*>(kernel), bytes);
   const int blocks = std::min(processors, pairs * heads * c.sequences);
   kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<std::size_t>(bytes), stream>>>(
       arguments...);

@@ -19,8 +19,7 @@ using cuda::kWarp;
 using cuda::Number;
 
 constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
-constexpr int kStages = 4;      // of x's way into the forward kernel
-constexpr int kMostChunks = 4;  // sixteens of ranks that these kernels take
+constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
 
 /// The call, and its mask: an element is kept when its 16 bits are not below the upper half of
@@ -367,7 +366,7 @@ template <class View> bool by_sixteen_bytes(const View& t) {
 bool takes(ConstTensor x, ConstTensor weight, const Dropout& d) {
   const Index rank = weight.rows();
   return d.active() && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
-         x.cols() % kColumns == 0 && rank % 8 == 0 && rank <= 16 * kMostChunks &&
+         x.cols() % kColumns == 0 && rank % 8 == 0 && rank <= 16 * cuda::kRankChunks &&
          x.rows() < (Index{1} << 24);
 }
 Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids, float* sums) {
@@ -386,18 +385,6 @@ Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids, fl
   m.sums = sums;
   return m;
 }
-template <class F> void with_chunks(int rank, F&& f) {
-  switch (ceil_div(rank, 16)) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
-    default:
-      return f(std::integral_constant<int, 4>{});
-  }
-}
 int splits_of(int blocks, int most) {
   return std::clamp(ceil_div(kWishedBlocks, blocks), 1, std::max(most, 1));
 }
@@ -407,7 +394,7 @@ int splits_of(int blocks, int most) {
 void weight_backward(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
                      cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(m.cols / kColumns);
-  with_chunks(m.rank, [&](auto chunks) {
+  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
     using S = Stage<chunks()>;
     const auto launch = [&](auto through, auto normed) {
       constexpr int kFactor = through() ? chunks() * kFactorBytes : 0;
@@ -453,7 +440,7 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
   const int splits = ceil_div(cols, columns);
   auto* sums = room().take<float>(splits * x.rows() * weight.rows());
   const Call m = call_of(x, weight, d, ids, sums);
-  with_chunks(m.rank, [&](auto chunks) {
+  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
     cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
                        forward_bytes(chunks(), most_columns(chunks())));
     forward_kernel<chunks()>

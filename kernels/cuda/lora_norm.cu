@@ -248,11 +248,20 @@ int shared_bytes(Index cols, int chunks) {
   return waiting_bytes(static_cast<int>(cols)) +
          kWarps * chunks * static_cast<int>(cuda::kUpdateTile<kOwn>);
 }
+/// What a block may ask for beside its kernel's own sums of a row.
+int most_dynamic() { return cuda::most_shared() - 1024; }
 /// Whether rows of `cols` numbers fit beside B of `rank` ranks.
 bool fits(Index cols, Index rank) {
   return cols % kTile == 0 && cols < (1 << 16) &&
-         shared_bytes(cols, static_cast<int>(cuda::ceil_div<Index>(rank, 16))) + 1024 <=
-             cuda::most_shared();
+         shared_bytes(cols, static_cast<int>(cuda::ceil_div<Index>(rank, 16))) <= most_dynamic();
+}
+template <class Call>
+void launch(void (*kernel)(Call), int chunks, const char* name, const Call& m,
+            cudaStream_t stream) {
+  cuda::admit_shared(reinterpret_cast<const void*>(kernel), most_dynamic());
+  kernel<<<static_cast<unsigned>(cuda::ceil_div(m.rows, kRows)), kWarps * kWarp,
+           static_cast<std::size_t>(shared_bytes(m.cols, chunks)), stream>>>(m);
+  cuda::launched(name);
 }
 
 }  // namespace
@@ -261,13 +270,9 @@ namespace cuda {
 
 bool takes_norm_backward(Index cols, Index rank) { return fits(cols, rank); }
 void norm_backward(const NormBackward& m, cudaStream_t stream) {
-  with_update_chunks(m.update.rank, [&](auto chunks) {
-    auto* kernel = backward_kernel<chunks()>;
-    admit_shared(reinterpret_cast<const void*>(kernel), most_shared() - 1024);
-    kernel<<<static_cast<unsigned>(ceil_div(m.rows, kUpdateRows)), kUpdateWarps * kWarp,
-             static_cast<std::size_t>(shared_bytes(m.cols, chunks())), stream>>>(m);
+  with_rank_chunks(m.update.rank, [&](auto chunks) {
+    launch(backward_kernel<chunks()>, chunks(), "lora_a_rmsnorm_backward", m, stream);
   });
-  launched("lora_a_rmsnorm_backward");
 }
 
 }  // namespace cuda
@@ -298,13 +303,9 @@ void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x
                    static_cast<int>(x.cols()),
                    eps,
                    cuda::update_of(update)};
-  cuda::with_update_chunks(update.a.cols(), [&](auto chunks) {
-    auto* kernel = norm_kernel<chunks()>;
-    cuda::admit_shared(reinterpret_cast<const void*>(kernel), cuda::most_shared() - 1024);
-    kernel<<<static_cast<unsigned>(cuda::ceil_div(m.rows, kRows)), kWarps * kWarp,
-             static_cast<std::size_t>(shared_bytes(x.cols(), chunks())), stream_>>>(m);
+  cuda::with_rank_chunks(update.a.cols(), [&](auto chunks) {
+    launch(norm_kernel<chunks()>, chunks(), "add_lora_rmsnorm", m, stream_);
   });
-  cuda::launched("add_lora_rmsnorm");
 }
 
 }  // namespace mixlora

@@ -175,7 +175,7 @@ void CudaBackend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, Con
     m.heads_a_block /= 2;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(cuda::ceil_div(m.heads, m.heads_a_block)));
-  cuda::with_update_chunks(rank, [&](auto chunks) {
+  cuda::with_rank_chunks(rank, [&](auto chunks) {
     const auto shared = static_cast<std::size_t>(m.heads_a_block * chunks() * h.head_dim * 32);
     if (h.head_dim == 64)
       rope_kernel<64, chunks()><<<grid, kWarps * kWarp, shared, stream_>>>(m);

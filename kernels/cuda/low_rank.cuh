@@ -14,7 +14,7 @@
 namespace mixlora::cuda {
 
 constexpr int kUpdateRows = 8, kUpdateWarps = 8;  // rows of a warp; warps of a block
-constexpr int kUpdateChunks = 4;                  // sixteens of ranks that these kernels take
+constexpr int kRankChunks = 4;                    // sixteens of ranks that these kernels take
 
 /// An update as kernels see it; `a` is null where there is none.
 struct Update {
@@ -82,7 +82,7 @@ inline bool takes_update(const LowRank& u, Index rows, Index cols) {
   const Index rank = u.a.cols();
   return u.a.dtype == DType::bf16 && u.b.dtype == DType::bf16 && u.a.rows() == rows &&
          u.b.rows() == cols && u.b.cols() == rank && u.b.contiguous() && rank % 8 == 0 &&
-         rank <= 16 * kUpdateChunks && by_eights(u.a) && by_eights(u.b);
+         rank <= 16 * kRankChunks && by_eights(u.a) && by_eights(u.b);
 }
 inline Update update_of(const LowRank& u) {
   if (!u.a) return {};
@@ -108,7 +108,7 @@ bool takes_norm_backward(Index cols, Index rank);
 void norm_backward(const NormBackward& m, cudaStream_t stream);
 
 /// f of the sixteens of ranks, as compiled.
-template <class F> void with_update_chunks(Index rank, F&& f) {
+template <class F> void with_rank_chunks(Index rank, F&& f) {
   switch (ceil_div<Index>(rank, 16)) {
     case 0:
     case 1:
@@ -118,7 +118,7 @@ template <class F> void with_update_chunks(Index rank, F&& f) {
     case 3:
       return f(std::integral_constant<int, 3>{});
     default:
-      return f(std::integral_constant<int, kUpdateChunks>{});
+      return f(std::integral_constant<int, kRankChunks>{});
   }
 }
 

@@ -168,13 +168,12 @@ struct Fit {
 /// asked of the driver once for each kernel.
 inline Fit fit_of(const void* kernel, int bytes, int bytes_a_warp) {
   thread_local std::map<std::pair<const void*, int>, Fit> known;
-  int device = 0, most = 0, processors = 0, blocks = 0;
+  int device = 0, processors = 0, blocks = 0;
   check(cudaGetDevice(&device), "the device");
   const auto [found, added] = known.try_emplace({kernel, device}, Fit{kMostWarps, 0, 0});
   Fit& fit = found->second;
   if (!added) return fit;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "shared memory");
+  const int most = most_shared();
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
   while (fit.warps > 1 && bytes + fit.warps * bytes_a_warp > most) fit.warps /= 2;
   fit.bytes = bytes + fit.warps * bytes_a_warp;
