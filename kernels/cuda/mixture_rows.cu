@@ -33,10 +33,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
   const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
             rows = static_cast<int>(m.rows);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const int own_tile =
-      static_cast<int>(blockIdx.x) * (room.apart ? warps : 1) + (room.apart ? warp : 0);
+  const int own_tile = room.own_tile(warp, warps);
   if (own_tile >= (m.tiles != nullptr ? *m.tiles : ceil_div(rows, kRows))) return;
-  const int step = (room.apart ? 1 : warps) * kColumns;
+  const int step = room.step(warps);
   const auto tile = tile_of<K>(m, own_tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || (m.down_a != nullptr && m.q != nullptr);

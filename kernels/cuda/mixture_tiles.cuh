@@ -16,6 +16,13 @@ struct TileRoom {
   float* sums;
   int splits;
   bool apart;  // each warp has a tile of its own
+
+  /// The tile of one of a block's warps.
+  __device__ int own_tile(int warp, int warps) const {
+    return static_cast<int>(blockIdx.x) * (apart ? warps : 1) + (apart ? warp : 0);
+  }
+  /// From a warp's columns to its next.
+  __device__ int step(int warps) const { return (apart ? 1 : warps) * kColumns; }
 };
 /// Launches of one pass with `slots` slots on at most `tiles` tiles; they set `room.splits`.
 void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
