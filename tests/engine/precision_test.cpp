@@ -71,13 +71,19 @@ TrainJob job(const std::string& name) {
   return j;
 }
 
+/// How often each layer's router chose each expert so far, by step.
+using Choices = std::vector<std::vector<double>>;
 std::vector<double> losses(Backend& ops, const Model& model, const TrainJob& j,
-                           Recompute recompute = Recompute::none) {
+                           Recompute recompute = Recompute::none, Choices* choices = nullptr) {
   std::vector<double> all;
   TrainOptions options;
   options.recompute = recompute;
   TrainObserver observer;
   observer.on_step = [&](const StepRecord& r) { all.push_back(r.loss + r.aux_loss); };
+  if (choices != nullptr) {
+    observer.wants_state = [] { return true; };
+    observer.on_state = [&](const TrainState& s) { choices->push_back(s.jobs[0].expert_counts); };
+  }
   (void)train(ops, model, {j}, options, observer);
   return all;
 }
@@ -117,21 +123,13 @@ TrainJob starter_job(const std::string& method, const char* source) {
   }
   return j;
 }
-/// What training gave at each step; `choices` are how often each layer's router chose each expert
-/// so far, in all.
 struct Curve {
   std::vector<double> losses;
-  std::vector<std::vector<double>> choices;
+  Choices choices;
 };
 Curve curve(Backend& ops, const Model& model, const TrainJob& j) {
   Curve c;
-  TrainObserver observer;
-  observer.on_step = [&](const StepRecord& r) { c.losses.push_back(r.loss + r.aux_loss); };
-  observer.wants_state = [] { return true; };
-  observer.on_state = [&](const TrainState& s) { c.choices.push_back(s.jobs[0].expert_counts); };
-  TrainOptions options;
-  options.recompute = Recompute::none;
-  (void)train(ops, model, {j}, options, observer);
+  c.losses = losses(ops, model, j, Recompute::none, &c.choices);
   return c;
 }
 /// Largest difference of two f32 trainings' losses, relative, over the steps until a token goes to
