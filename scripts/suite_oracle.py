@@ -7,6 +7,8 @@ Needs torch, transformers, datasets and lm-eval 0.4.x. Rows come from MIXLORA_DA
                                                     both protocols' log-probabilities in float32 of each suite's first rows;
                                                     what OUT.json has already stays and is not asked again
   suite_oracle.py compare OUT.json STORE.db         item by item; exit 1 when an answer or a log-probability differs too much
+  suite_oracle.py judge MODEL OUT.json STORE.db SUITE LEAST
+                                                    loglikelihoods that differ by LEAST or more, both beside float64's
 The store comes of a sweep that asks the base model both protocols in fp32 with the same limit.
 """
 import gzip, json, os, sqlite3, subprocess, sys, tempfile
@@ -162,10 +164,50 @@ def compare(file, store):
     return 1 if bad else 0
 
 
+def in_float64(model):
+    """The model in float64 throughout: transformers keeps norms and angles in float32 whatever the weights are."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers.models.llama import modeling_llama as llama
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def angles(self, x, position_ids):
+        c = self.config
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        rope = getattr(c, "rope_parameters", None) or {"rope_theta": c.rope_theta}
+        freq = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        a = position_ids[0].double()[:, None] * freq
+        a = torch.cat([a, a], -1)[None]
+        return a.cos(), a.sin()
+
+    llama.LlamaRMSNorm.forward, llama.LlamaRotaryEmbedding.forward = norm, angles
+    return HFLM(pretrained=model, dtype="float64", device="cpu", batch_size=4)
+
+
+def judge(model, file, store, name, least):
+    """How far both sides' loglikelihoods are from float64's, where they are far from each other."""
+    from lm_eval.api.instance import Instance
+    theirs = json.load(open(file))[name]
+    ours = {i: json.loads(p) for i, p in sqlite3.connect(store).execute(
+        "SELECT item, log_probs FROM answer WHERE suite = ? AND protocol = 'loglikelihood'", (name,))}
+    rows = rows_of(name, len(theirs))
+    asked = [(r["id"], c, a) for r, requests in zip(rows, requests_of(name, rows)) for c, a in enumerate(requests)
+             if abs(ours[r["id"]][c] - theirs[r["id"]]["loglikelihood"][c]) >= float(least)]
+    lm = in_float64(model)
+    values = lm.loglikelihood([Instance(request_type="loglikelihood", doc={}, arguments=tuple(a), idx=0) for _, _, a in asked],
+                              disable_tqdm=True)
+    print("| item | choice | float64 | lm-eval's float32 off by | ours off by |\n|---|---|---|---|---|")
+    for (item, c, _), (exact, _) in zip(asked, values):
+        print(f"| {item} | {c} | {exact:.4f} | {theirs[item]['loglikelihood'][c] - exact:.1e} | {ours[item][c] - exact:.1e} |")
+    return 0
+
+
 if __name__ == "__main__":
     what, rest = sys.argv[1], sys.argv[2:]
     if what == "texts":
         sys.exit(texts(rest[0]))
     if what == "scores":
         sys.exit(scores(rest[0], rest[1], int(rest[2]), rest[3:]))
-    sys.exit(compare(*rest))
+    sys.exit(judge(*rest) if what == "judge" else compare(*rest))
