@@ -15,7 +15,8 @@ struct QueryRoom {
   std::byte queries[2][kOwnTile], d_out[2][kOwnTile], keys[kStages][kMetTile],
       values[kStages][kMetTile];
   float lse[2][kBlockRows], mean[2][kBlockRows];  // lse: to base 2
-  Barrier own_here[2], own_free[2], rows_here[2], met_here[kStages], met_free[kStages];
+  Barrier own_here[2], own_free[2], rows_here[2], rows_free[2], met_here[kStages],
+      met_free[kStages];
 };
 struct KeyRoom {
   std::byte keys[2][kOwnTile], values[2][kOwnTile], queries[kStages][kMetTile],
@@ -36,6 +37,70 @@ template <class Room> __device__ void pass(Room& room, Turn<kStages>& met) {
 __device__ inline int diagonal(const Walk& w, int group) { return kUsers * w.tile + group; }
 __device__ inline int warp_row(int group) {
   return group * kGroupRows + static_cast<int>(threadIdx.x) % kGroup / kWarp * 16;
+}
+
+/// Positions of the rows that a lane writes in turn_out: its warp's, four apart; asked for before
+/// the last products are waited for.
+struct Positions {
+  int at[4] = {};
+  __device__ void ask(const AttentionCall<Number>& m, const Walk& w, int group) {
+    if (m.rope == nullptr) return;
+    const int first = w.first() + warp_row(group) + lane_now() / 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      at[i] = m.ids[4 * static_cast<Index>(w.s.begin + min(first + 4 * i, w.s.length - 1)) + 1];
+  }
+};
+
+/// Writes a user's 64 rows of gradients times root, turned back by their rotary angles where there
+/// are such; a warp takes its 16 rows through their room in two tiles of 128 rows, as f32, so that
+/// angles are read and rows written by whole lines.
+__device__ inline void turn_out(Number* out, const AttentionCall<Number>& m, const Walk& w,
+                                const Positions& positions, std::byte* left, std::byte* right,
+                                int group, const float (&x)[16][4]) {
+  const int lane = lane_now(), first = warp_row(group), chunk = lane % 8;
+  const auto place = [&](int row, int quarter, int c) {  // of 32 columns, of 4
+    return reinterpret_cast<float4*>((quarter < 2 ? left : right) +
+                                     place_in_tile(kBlockRows, row, quarter % 2 * 8 + c));
+  };
+  float4 cosine[4][2], sine[4][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int quarter = 0; quarter < 2; ++quarter) {
+      const float* angles =
+          m.rope + static_cast<Index>(positions.at[i]) * kTileColumns + quarter * 32 + chunk * 4;
+      cosine[i][quarter] = {1, 1, 1, 1};
+      sine[i][quarter] = {};
+      if (m.rope == nullptr) continue;
+      cosine[i][quarter] = *reinterpret_cast<const float4*>(angles);
+      sine[i][quarter] = *reinterpret_cast<const float4*>(angles + kHalfColumns);
+    }
+#pragma unroll
+  for (int n = 0; n < 16; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      reinterpret_cast<float2*>(
+          place(first + lane / 4 + 8 * h, n / 4, n % 4 * 2 + lane % 4 / 2))[lane % 2] =
+          make_float2(x[n][2 * h], x[n][2 * h + 1]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = first + 4 * i + lane / 8;
+    Number* to = out + row * m.width() + chunk * 4;
+#pragma unroll
+    for (int quarter = 0; quarter < 2; ++quarter) {  // columns c, and c + 64 with them
+      const float4 a = *place(row, quarter, chunk), b = *place(row, quarter + 2, chunk),
+                   c = cosine[i][quarter], s = sine[i][quarter];
+      if (w.first() + row >= w.s.length) continue;
+      *reinterpret_cast<uint2*>(to + quarter * 32) =
+          make_uint2(pack2((a.x * c.x + b.x * s.x) * m.root, (a.y * c.y + b.y * s.y) * m.root),
+                     pack2((a.z * c.z + b.z * s.z) * m.root, (a.w * c.w + b.w * s.w) * m.root));
+      *reinterpret_cast<uint2*>(to + quarter * 32 + kHalfColumns) =
+          make_uint2(pack2((b.x * c.x - a.x * s.x) * m.root, (b.y * c.y - a.y * s.y) * m.root),
+                     pack2((b.z * c.z - a.z * s.z) * m.root, (b.w * c.w - a.w * s.w) * m.root));
+    }
+  }
 }
 
 // ---- d_q -----------------------------------------------------------------------------------
@@ -71,30 +136,31 @@ __device__ void fetch_for_queries(QueryRoom& room, const CUtensorMap& qkv, const
 }
 
 /// lse and d_o . o of the queries, by the helping warps; 16 lanes a row, many rows on their way.
+/// They wait for the users to have read the numbers of two tiles ago, not for this tile's rows.
 __device__ void prepare_rows(QueryRoom& room, const AttentionCall<Number>& m, int pairs,
                              int helper) {
-  constexpr int kAtOnce = 8, kStep = 2 * kHelpers;
+  constexpr int kAtOnce = 6, kStep = 2 * kHelpers;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, chunk = lane % 16;
   Turn<2> own;
   for (Walk w; w.next(m, m.heads, pairs); own.next()) {
     const Index at = (w.s.begin + w.first()) * static_cast<Index>(m.heads) + w.head;  // of row 0
     const int rows = min(kBlockRows, w.s.length - w.first());
-    wait(&room.own_here[own.stage], own.parity);
-    for (int r = 2 * helper + lane / 16; r < kBlockRows; r += kAtOnce * kStep) {
-      uint4 o[kAtOnce];
+    wait(&room.rows_free[own.stage], own.parity ^ 1);
+    for (int r = 2 * helper + lane / 16; r - lane / 16 < rows; r += kAtOnce * kStep) {
+      uint4 o[kAtOnce], g[kAtOnce];
       float lse[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const Index n = at + static_cast<Index>(min(r + i * kStep, rows - 1)) * m.heads;
         o[i] = *reinterpret_cast<const uint4*>(m.o + n * kTileColumns + chunk * 8);
+        g[i] = *reinterpret_cast<const uint4*>(m.d_o + n * kTileColumns + chunk * 8);
         lse[i] = m.lse[n];
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = r + i * kStep;
-        const uint4 g = *reinterpret_cast<const uint4*>(
-            room.d_out[own.stage] + place_in_tile(kBlockRows, min(row, kBlockRows - 1), chunk));
-        const unsigned x[4] = {o[i].x, o[i].y, o[i].z, o[i].w}, y[4] = {g.x, g.y, g.z, g.w};
+        const unsigned x[4] = {o[i].x, o[i].y, o[i].z, o[i].w},
+                       y[4] = {g[i].x, g[i].y, g[i].z, g[i].w};
         float sum = 0;
 #pragma unroll
         for (int c = 0; c < 4; ++c) sum += low(x[c]) * low(y[c]) + high(x[c]) * high(y[c]);
@@ -119,22 +185,24 @@ __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number
   Turn<kStages> met;
   for (Walk w; w.next(m, m.heads, pairs); own.next()) {
     const int count = key_tiles(w), last = diagonal(w, group);
+    float lse[2], mean[2];
+    wait(&room.rows_here[own.stage], own.parity);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      lse[h] = room.lse[own.stage][row + 8 * h];
+      mean[h] = room.mean[own.stage][row + 8 * h];
+    }
+    warp_arrives(&room.rows_free[own.stage]);
     wait(&room.own_here[own.stage], own.parity);
     if (last >= count) {  // no rows of this group
       for (int t = 0; t < count; ++t) pass(room, met);
       warp_arrives(&room.own_free[own.stage]);
       continue;
     }
-    wait(&room.rows_here[own.stage], own.parity);
     const std::uint32_t offset = group * kGroupRows * kRowBytes,
                         queries = shared_address(room.queries[own.stage]) + offset,
                         d_out = shared_address(room.d_out[own.stage]) + offset;
-    float lse[2], mean[2], d_q[16][4];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      lse[h] = room.lse[own.stage][row + 8 * h];
-      mean[h] = room.mean[own.stage][row + 8 * h];
-    }
+    float d_q[16][4];
     int before = 0;  // the stage that the products under way read
     wait(&room.met_here[met.stage], met.parity);
     for (int t = 0; t <= last; ++t) {
@@ -178,19 +246,16 @@ __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number
       multiply_packed<kMet>(d_q, d_s, shared_address(room.keys[stage]), t > 0);
       products_commit();
     }
+    Positions positions;
+    positions.ask(m, w, group);
     products_wait<0>();
     changed(d_q);
     warp_arrives(&room.met_free[before]);
     for (int t = last + 1; t < count; ++t) pass(room, met);
 
-    if (m.rope != nullptr) {
-      const int i = w.first() + row, end = w.s.length - 1;
-      turn_back<kTileColumns>(d_q, m, w.s.begin + min(i, end), w.s.begin + min(i + 8, end), lane);
-    }
-    meet_group(1 + group);  // the group's queries are read: d_q goes out through their rows
-    stage_rows(room.queries[own.stage], group, d_q, m.root, m.root);
-    copy_rows_out(m.d_qkv + (w.s.begin + w.first()) * m.width() + w.head * kTileColumns, m.width(),
-                  room.queries[own.stage], group, w.s.length - w.first());
+    meet_group(1 + group);  // the group's rows are read: d_q goes out through them
+    Number* out = m.d_qkv + (w.s.begin + w.first()) * m.width() + w.head * kTileColumns;
+    turn_out(out, m, w, positions, room.queries[own.stage], room.d_out[own.stage], group, d_q);
     fence_to_engines();
     warp_arrives(&room.own_free[own.stage]);
   }
@@ -207,6 +272,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       barrier_init(&room.own_here[i], 1);
       barrier_init(&room.own_free[i], kUserWarps);
       barrier_init(&room.rows_here[i], kHelpers);
+      barrier_init(&room.rows_free[i], kUserWarps);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&room.met_here[i], 1);
@@ -327,6 +393,7 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
                         keys = shared_address(room.keys[own.stage]) + offset,
                         values = shared_address(room.values[own.stage]) + offset;
     float d_k[16][4] = {}, d_v[16][4] = {};
+    Positions positions;
     for (int head = 0; head < heads; ++head) {
       for (int tile = from; tile < first; ++tile) pass(room, met);
       int before = 0;  // the stage that the products under way read
@@ -387,24 +454,20 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
         products_commit();
         before = stage;
       }
+      positions.ask(m, w, group);
       products_wait<0>();
       changed(d_k);
       changed(d_v);
       warp_arrives(&room.met_free[before]);
     }
 
-    const int rows = w.s.length - w.first();
-    if (m.rope != nullptr) {
-      const int begin = w.s.begin + w.first();
-      turn_back<kTileColumns>(d_k, m, begin + min(row, rows - 1), begin + min(row + 8, rows - 1),
-                              lane);
-    }
     meet_group(1 + group);  // the group's keys and values are read: the results go out there
-    stage_rows(room.keys[own.stage], group, d_k, m.root, m.root);
-    stage_rows(room.values[own.stage], group, d_v, 1.0F, 1.0F);
     Number* out = m.d_qkv + (w.s.begin + w.first()) * m.width() + (m.heads + w.head) * kTileColumns;
-    copy_rows_out(out, m.width(), room.keys[own.stage], group, rows);
-    copy_rows_out(out + m.kv_heads * kTileColumns, m.width(), room.values[own.stage], group, rows);
+    turn_out(out, m, w, positions, room.keys[own.stage], room.values[own.stage], group, d_k);
+    __syncwarp();
+    stage_rows(room.values[own.stage], group, d_v, 1.0F, 1.0F);
+    copy_rows_out(out + m.kv_heads * kTileColumns, m.width(), room.values[own.stage], group,
+                  w.s.length - w.first());
     fence_to_engines();
     warp_arrives(&room.own_free[own.stage]);
   }

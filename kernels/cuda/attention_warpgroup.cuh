@@ -45,11 +45,18 @@ struct Walk {
   __device__ int first() const { return tile * kBlockRows; }
 };
 
+/// The lane, as if it changed from call to call: addresses made of it would otherwise be kept, in
+/// registers that products want, over the whole walk.
+__device__ inline int lane_now() {
+  int lane = static_cast<int>(threadIdx.x) % kWarp;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
 /// Packs 64 rows of C tiles into rows [64 group, ...) of a tile of 128, each warp its 16; row h of
 /// a lane times by[h].
 __device__ inline void stage_rows(std::byte* tile, int group, const float (&x)[16][4], float by0,
                                   float by1) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_now();
   const int row = group * kGroupRows + static_cast<int>(threadIdx.x) % kGroup / kWarp * 16;
   const float by[2] = {by0, by1};
 #pragma unroll
@@ -65,7 +72,7 @@ __device__ inline void stage_rows(std::byte* tile, int group, const float (&x)[1
 /// apart; `first` is where the tile's row 0 goes.
 __device__ inline void copy_rows_out(Number* first, Index stride, const std::byte* tile, int group,
                                      int rows) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_now();
   const int row = group * kGroupRows + static_cast<int>(threadIdx.x) % kGroup / kWarp * 16;
 #pragma unroll
   for (int i = 0; i < 16; i += 2) {
