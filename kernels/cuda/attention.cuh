@@ -35,30 +35,6 @@ __device__ inline Sequence sequence_of(const std::int32_t* table, int s) {
 
 constexpr float kLog2E = 1.44269504F;
 
-/// Turns row h of a lane's C tiles back by the rotary angles of row n[h].
-template <int D>
-__device__ void turn_back(float (&x)[D / 8][4], const AttentionCall<Number>& m, Index n0, Index n1,
-                          int lane) {
-  const Index n[2] = {n0, n1};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float* angles = m.rope + static_cast<Index>(m.ids[4 * n[h] + 1]) * D + lane % 4 * 2;
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      const float2 cosine = *reinterpret_cast<const float2*>(angles + 8 * c),
-                   sine = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * c);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float &left = x[c][2 * h + i], &right = x[c + D / 16][2 * h + i];
-        const float a = left, b = right, cos = i == 0 ? cosine.x : cosine.y,
-                    sin = i == 0 ? sine.x : sine.y;
-        left = a * cos + b * sin;
-        right = b * cos - a * sin;
-      }
-    }
-  }
-}
-
 /// The kernels for compute capability 9.0: heads of 128, no prefixes; in builds for it alone.
 /// `rows` of qkv; the device has so many processors. Backward's c.mean is room for d_o . o.
 void warpgroup_forward(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
