@@ -96,10 +96,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
       const int row = __shfl_sync(kAll, own.row, g + 8 * h),
                 slot_row = __shfl_sync(kAll, own.slot_row, g + 8 * h);
       const Number* from = m.gate_up + (row * 2 * width + col);
-      fetch16(piece + static_cast<std::uint32_t>(h * kPiece), from);
-      fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
-      fetch16(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
-              m.d_out + (slot_row * width + col));
+      fetch16_wide(piece + static_cast<std::uint32_t>(h * kPiece), from);
+      fetch16_wide(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
+      fetch16_wide(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
+                   m.d_out + (slot_row * width + col));
     }
     if constexpr (Factors) {
       const int row = __shfl_sync(kAll, own.row, lane / 2),

@@ -87,15 +87,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     const std::uint32_t mine = at + static_cast<std::uint32_t>(16 * lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      fetch16(mine + static_cast<std::uint32_t>(h * kPiece), m.gate_up + (gate_up[h] + f0));
-      fetch16(mine + static_cast<std::uint32_t>((2 + h) * kPiece),
-              m.gate_up + (gate_up[h] + width + f0));
+      fetch16_wide(mine + static_cast<std::uint32_t>(h * kPiece), m.gate_up + (gate_up[h] + f0));
+      fetch16_wide(mine + static_cast<std::uint32_t>((2 + h) * kPiece),
+                   m.gate_up + (gate_up[h] + width + f0));
 #pragma unroll
       for (int k = 0; k < S::kApart; ++k)
-        fetch16(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
-                m.d_out + (d_out[k][h] + f0));
+        fetch16_wide(mine + static_cast<std::uint32_t>((4 + 2 * k + h) * kPiece),
+                     m.d_out + (d_out[k][h] + f0));
     }
-    fetch_slots<S, C, K, Scaled, Factors, Whole, false>(at, m, room, expert, f0, down, lane);
+    fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
   };
 
   const ColumnRange range =

@@ -71,9 +71,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
       for (int h = 0; h < 2; ++h) {
         const Index row = min(first + g + 8 * h, end - 1);
         const Number* from = m.gate_up + row * 2 * width + col;
-        fetch16(piece + static_cast<std::uint32_t>(h * kPiece), from);
-        fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
-        fetch16(piece + static_cast<std::uint32_t>((4 + h) * kPiece), m.d_out + row * width + col);
+        fetch16_wide(piece + static_cast<std::uint32_t>(h * kPiece), from);
+        fetch16_wide(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
+        fetch16_wide(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
+                     m.d_out + row * width + col);
       }
       // Rows that are not there have no ranks, and so no part in the sums over rows.
       const int row = first + lane / 2, ranks = row < end ? rank : 0;

@@ -110,32 +110,24 @@ int most_tiles(Index rows, int experts) {
   return static_cast<int>(rows / kRows + keys + 1);
 }
 
-/// A2 of every expert by columns, (E, F, R) from (E, R, F).
+/// A2 of every expert by columns, (E, F, R) from (E, R, F): a thread one column of eight ranks.
 struct Turn {
   Number* to;
   const Number* from;
   int width, rank, experts;
-  __host__ __device__ int tiles() const { return experts * (width / kColumns); }
+  __host__ __device__ int units() const { return experts * (rank / 8) * width; }
 };
-constexpr int kTurnedTogether = 4;  // tiles of 32 columns by a block
-__host__ __device__ inline int turn_numbers(int rank) { return rank * 34; }
-__device__ void turn(const Turn& t, int first, Number* numbers) {
-  constexpr int kRowsTogether = kSortThreads / kTurnedTogether / kWarp;
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % kWarp, y = thread / kWarp % kRowsTogether,
-            tile = first + thread / (kSortThreads / kTurnedTogether), across = t.width / kColumns;
-  const bool there = tile < t.tiles();
-  const int f0 = tile % across * kColumns;
-  const Index expert = static_cast<Index>(tile / across) * t.width * t.rank;
-  numbers += (tile - first) * turn_numbers(t.rank);
-  if (there)
-    for (int r = y; r < t.rank; r += kRowsTogether)
-      numbers[r * 34 + lane] = t.from[expert + static_cast<Index>(r) * t.width + f0 + lane];
-  __syncthreads();
-  if (!there) return;
-  Number* out = t.to + expert + static_cast<Index>(f0) * t.rank;
-  for (int i = y * kWarp + lane; i < kColumns * t.rank; i += kRowsTogether * kWarp)
-    out[i] = numbers[i % t.rank * 34 + i / t.rank];
+__device__ void turn(const Turn& t, int unit) {
+  if (unit >= t.units()) return;
+  const int eight = unit / t.width, f = unit % t.width;  // of all experts' ranks; the column
+  const int e = eight / (t.rank / 8), r = eight % (t.rank / 8) * 8;
+  const auto* from = reinterpret_cast<const unsigned short*>(t.from) +
+                     (static_cast<Index>(eight) * 8 * t.width + f);
+  unsigned x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = from[static_cast<Index>(i) * t.width];
+  *reinterpret_cast<uint4*>(t.to + (static_cast<Index>(e) * t.width + f) * t.rank + r) =
+      make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
 /// The first of `sorts` blocks: rows by the experts of slots [first, first + count), tiles apart,
@@ -144,10 +136,10 @@ __device__ void turn(const Turn& t, int first, Number* numbers) {
 __global__ void __launch_bounds__(kSortThreads)
     order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
                  int first, int count, int keys, int sorts, Turn down) {
-  extern __shared__ __align__(16) std::int32_t counts[];
+  extern __shared__ std::int32_t counts[];
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= sorts) {
-    turn(down, (block - sorts) * kTurnedTogether, reinterpret_cast<Number*>(counts));
+    turn(down, (block - sorts) * kSortThreads + static_cast<int>(threadIdx.x));
   } else if (block == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < room.most_tiles * kRows; i += kSortThreads)
       room.order[i] = -1;
@@ -189,7 +181,8 @@ template <int K> __global__ void z_kernel(const TileCall m, const TileRoom room,
   const float s = m.scale * m.keep;
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    for (int i = warp; 8 * i < m.rank; i += static_cast<int>(blockDim.x) / kWarp) {
+    for (int i = 0; 8 * i < m.rank; ++i) {
+      if ((k * 2 * chunks + i) % (static_cast<int>(blockDim.x) / kWarp) != warp) continue;
       const float4 x = sum_of(room, K * 2 * chunks, k * 2 * chunks + i, lane);
       const bool there = tile.expert[k] >= 0;
 #pragma unroll
@@ -213,7 +206,8 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int e = tile.expert[k];
-    for (int i = warp; m.p != nullptr && e >= 0 && i < 4 * chunks; i += warps) {
+    for (int i = 0; m.p != nullptr && e >= 0 && i < 4 * chunks; ++i) {
+      if ((k * 4 * chunks + i) % warps != warp) continue;
       const bool up = i >= 2 * chunks;
       const int r = 8 * (up ? i - 2 * chunks : i) + 2 * q;
       if (r >= m.rank || (up ? m.up_b : m.gate_b) == nullptr) continue;
@@ -226,7 +220,7 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
               m.p + ((tile.row[h] * 2 + (up ? 1 : 0)) * m.experts + e) * m.rank + r) =
               h == 0 ? pack2(s * x.x, s * x.y) : pack2(s * x.z, s * x.w);
     }
-    if (m.d_weight == nullptr || warp != k % warps) continue;
+    if (m.d_weight == nullptr || warp != warps - 1 - k) continue;
     const float4 x = sum_of(room, count, K * 4 * chunks + k, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -312,14 +306,11 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
                                                         : pairs && first == 0 ? 2
                                                                               : 1;
     const Turn down{r.down_t, c.down_a, static_cast<int>(c.width), c.rank, c.experts};
-    const int turned =
-        c.down_a != nullptr && first == 0 ? ceil_div(down.tiles(), kTurnedTogether) : 0;
+    const int turned = c.down_a != nullptr && first == 0 ? ceil_div(down.units(), kSortThreads) : 0;
     if (sorts + turned > 0) {
       const std::size_t shared =
-          std::max(sizeof(std::int32_t) * kSortWarps *
-                       static_cast<std::size_t>(sorts > 0 ? std::max(keys, c.experts + 1) : 0),
-                   sizeof(Number) * kTurnedTogether *
-                       static_cast<std::size_t>(turned > 0 ? turn_numbers(c.rank) : 0));
+          sizeof(std::int32_t) * kSortWarps *
+          static_cast<std::size_t>(sorts > 0 ? std::max(keys, c.experts + 1) : 0);
       check(cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared)),
             "shared memory");
@@ -362,7 +353,7 @@ void tiles_forward(TileCall c, void* memory, cudaStream_t stream) {
               pass.adds = pass.adds && !pass.per_slot;
               mixture_forward_tiles(pass, room, tiles, slots, stream);
               if (pass.down_a == nullptr) return;
-              (slots == 1 ? z_kernel<1> : z_kernel<2>)<<<tiles, 2 * kWarp, 0, stream>>>(
+              (slots == 1 ? z_kernel<1> : z_kernel<2>)<<<tiles, 4 * kWarp, 0, stream>>>(
                   pass, room, chunks_of(pass));
               launched("mixture z");
             });
@@ -375,7 +366,7 @@ void tiles_backward(TileCall c, void* memory, cudaStream_t stream) {
                   mixture_backward_rows(pass, room, tiles, slots, stream);
                   if (pass.p == nullptr && pass.d_weight == nullptr) return;
                   const int chunks = has_factors(pass) ? chunks_of(pass) : 1;
-                  (slots == 1 ? p_kernel<1> : p_kernel<2>)<<<tiles, 4 * kWarp, 0, stream>>>(
+                  (slots == 1 ? p_kernel<1> : p_kernel<2>)<<<tiles, 10 * kWarp, 0, stream>>>(
                       pass, room, chunks);
                   launched("mixture_backward p");
                 });

@@ -103,7 +103,7 @@ __device__ inline void fetch_scales(std::uint32_t to, const TileCall& m, Index a
     fetch16(to + static_cast<std::uint32_t>(16 * lane), from + at + 4 * (lane % 8));
 }
 /// The factors and scales of each slot's expert, columns f0 .. f0 + 31, into the stage at `at`.
-template <class Stage, int C, int K, bool Scaled, bool Factors, bool Whole, bool Near>
+template <class Stage, int C, int K, bool Scaled, bool Factors, bool Whole>
 __device__ void fetch_slots(std::uint32_t at, const TileCall& m, const TileRoom& room,
                             const int (&expert)[K], int f0, bool down, int lane) {
   const int rank = m.rank;
@@ -115,9 +115,9 @@ __device__ void fetch_slots(std::uint32_t at, const TileCall& m, const TileRoom&
           at + static_cast<std::uint32_t>(Stage::kFactors + 3 * k * Stage::kTile);
       if (Whole || m.gate_b != nullptr) fetch_factor<C>(to, m.gate_b + column * rank, rank, lane);
       if (Whole || m.up_b != nullptr)
-        fetch_factor<C, Near>(to + Stage::kTile, m.up_b + column * rank, rank, lane);
+        fetch_factor<C>(to + Stage::kTile, m.up_b + column * rank, rank, lane);
       if (Whole || down)
-        fetch_factor<C, Near>(to + 2 * Stage::kTile, room.down_t + column * rank, rank, lane);
+        fetch_factor<C>(to + 2 * Stage::kTile, room.down_t + column * rank, rank, lane);
     }
     if constexpr (Scaled)
       fetch_scales(at + static_cast<std::uint32_t>(Stage::kScales + k * kScaleBytes), m, column,

@@ -45,9 +45,8 @@ __device__ void load_ranks(unsigned (&a)[C][4], const Number* array, int row0, i
 /// A factor of 32 columns by 16 C ranks in shared memory, a column's ranks together: column 8a + b
 /// at row 4b + a of 32 bytes, its halves exchanged when b is odd, so that the eight rows which one
 /// matrix of read_matrices takes lie in different banks.
-/// Eight neighbouring lanes write different banks and read whole sectors of four columns. Near: by
-/// way of L1.
-template <int C, bool Near = false>
+/// Eight neighbouring lanes write different banks and read whole sectors of four columns.
+template <int C>
 __device__ void fetch_factor(std::uint32_t to, const Number* from, int rank, int lane) {
   const int b = lane / 8, a = lane / 2 % 4, half = lane % 2;
   const std::uint32_t at =
@@ -58,12 +57,8 @@ __device__ void fetch_factor(std::uint32_t to, const Number* from, int rank, int
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool there = 16 * c + 8 * half < rank;
-      const std::uint32_t place = at + static_cast<std::uint32_t>(c * kFactorBytes + i * 512);
-      const Number* piece = there ? mine + 4 * i * rank + 16 * c : from;
-      if constexpr (Near)
-        fetch16_near(place, piece, there);
-      else
-        fetch16(place, piece, there);
+      fetch16_near(at + static_cast<std::uint32_t>(c * kFactorBytes + i * 512),
+                   there ? mine + 4 * i * rank + 16 * c : from, there);
     }
 }
 /// Where a lane points read_matrices for the first two of a factor's four tiles; the others are
