@@ -107,7 +107,9 @@ class Chunk {
     at_ = Json::json_pointer(pointer);
   }
 
-  void read(std::string_view file, const ThriftValue& meta) {
+  /// Takes the values it holds from `left`, what the whole file may still hold: a run of a few
+  /// bytes can state millions.
+  void read(std::string_view file, const ThriftValue& meta, std::int64_t& left) {
     const std::int64_t total = meta.at(5, name_).number;
     std::int64_t at = meta.at(9, name_).number;
     if (meta.has(11)) at = std::min(at, meta.at(11, name_).number);
@@ -126,14 +128,17 @@ class Chunk {
               "{}: a page of {} bytes lies outside the file", name_, size);
       const auto bytes = file.substr(from + used, static_cast<std::size_t>(size));
       at += static_cast<std::int64_t>(used) + size;
-      seen += page(head, bytes, static_cast<std::size_t>(whole));
+      const std::int64_t held = page(head, bytes, static_cast<std::size_t>(whole), left);
+      seen += held;
+      left -= held;
     }
     require(row_ == rows_, "{}: {} rows, expected {}", name_, row_, rows_);
   }
 
  private:
-  /// Returns how many values the page holds.
-  std::int64_t page(const ThriftValue& head, std::string_view bytes, std::size_t whole) {
+  /// Returns how many values the page holds, `most` or fewer.
+  std::int64_t page(const ThriftValue& head, std::string_view bytes, std::size_t whole,
+                    std::int64_t most) {
     const std::int64_t kind = head.at(1, name_).number;
     if (kind == dictionary) {
       const std::string plain_bytes = unpacked(bytes, whole, true);
@@ -145,6 +150,8 @@ class Chunk {
     const bool newer = kind == data_v2;
     const ThriftValue& h = head.at(newer ? 8 : 5, name_);
     const std::size_t count = count_of(h.at(1, name_).number);
+    require(static_cast<std::int64_t>(count) <= most, "{}: more than {} values in the file", name_,
+            kMaxValues);
     const std::int64_t encoding = h.at(newer ? 4 : 2, name_).number;
     std::vector<std::uint32_t> repetition(count, 0), definition(count, leaf_.definition);
     std::string values;
@@ -286,6 +293,7 @@ std::vector<Json> read_parquet(std::string_view bytes, const std::string& name,
   require(rows >= 0 && rows <= kMaxRows, "{}: {} rows; expected at most {}", name, rows, kMaxRows);
   const auto leaves = leaves_of(file.at(2, name), name);
   std::vector<Json> records(static_cast<std::size_t>(rows), Json::object());
+  std::int64_t values_left = kMaxValues;
   for (const std::string& column : columns) {
     std::string there;
     std::size_t at = leaves.size();
@@ -307,7 +315,7 @@ std::vector<Json> read_parquet(std::string_view bytes, const std::string& name,
               "{}: a broken row group", name);
       Chunk(leaf, fmt::format("{}: column \"{}\"", name, column), records, first,
             static_cast<std::size_t>(in_group))
-          .read(bytes, chunks[at].at(3, name));
+          .read(bytes, chunks[at].at(3, name), values_left);
       first += static_cast<std::size_t>(in_group);
     }
     require(first == records.size(), "{}: {} rows in its groups, {} stated", name, first,

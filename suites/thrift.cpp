@@ -6,6 +6,7 @@ namespace mixlora {
 namespace {
 
 constexpr int kDeepest = 16;
+constexpr std::int64_t kLastField = 32767;  // field numbers are 16 bits wide
 
 /// Types of the compact protocol.
 enum class Kind : std::uint8_t {
@@ -32,14 +33,15 @@ class ThriftReader {
   ThriftValue structure(int depth) {
     require(depth < kDeepest, "{}: nested too deep", name_);
     ThriftValue out;
-    int field = 0;
+    std::int64_t field = 0;
     for (;;) {
       const unsigned head = byte();
       const Kind kind = kind_of(head & 15);
       if (kind == Kind::stop) return out;
-      const int step = static_cast<int>(head >> 4);
-      field = step != 0 ? field + step : static_cast<int>(zigzag());
-      out.fields[field] = value(kind, depth + 1, false);
+      const std::int64_t step = head >> 4;
+      field = step != 0 ? field + step : zigzag();
+      require(field >= 0 && field <= kLastField, "{}: a field {}", name_, field);
+      out.fields[static_cast<int>(field)] = value(kind, depth + 1, false);
     }
   }
 

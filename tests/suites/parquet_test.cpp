@@ -6,6 +6,7 @@
 #include "engine/error.h"
 #include "engine/json_file.h"
 #include "kernels/random.h"
+#include "suites/thrift.h"
 #include "tests/suites/temporary.h"
 #include "tests/support/catch.h"
 
@@ -78,6 +79,14 @@ TEST_CASE("a damaged table is an error or other rows, never a crash", "[suites][
     }
   }
   CHECK(refused > 100);
+}
+
+TEST_CASE("numbers of fields stay in their range", "[suites][parquet]") {
+  // A field of the greatest 32-bit number, then one 15 behind it.
+  const std::string far{"\x05\xfe\xff\xff\xff\x0f\x02\xf5\x02\x00", 10};
+  std::size_t used = 0;
+  CHECK_THAT(message_of([&] { read_thrift(far, used, "far"); }),
+             ContainsSubstring("far: a field 2147483647"));
 }
 
 TEST_CASE("Snappy blocks", "[suites][parquet]") {
