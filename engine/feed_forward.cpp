@@ -285,13 +285,29 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
           ps[j], stacked(l.gate_a.compute, l.up_a.compute), x2, w.post_norm, r2, rows);
       continue;
     }
-    if (ps[j]) {
+    const bool routed = has_router(ad.spec);
+    Tensor d_logits;
+    if (routed) {
+      const bool losses = ad.spec.router_loss;
+      const float coef = losses ? static_cast<float>(ad.spec.router_aux_loss_coef) : 0;
+      const bool z = losses && ad.spec.routing_strategy == Routing::mixlora_switch;
+      d_logits = scratch_.take({g.rows(), ad.experts}, DType::f32);
+      ops_.route_backward(d_logits, d_weights[j], k.groups[j].slots, k.groups[j].probabilities,
+                          k.groups[j].logits, flat_row(ad.fraction, i), ad.router, coef,
+                          z ? static_cast<float>(ad.spec.router_z_loss_coef) : 0,
+                          static_cast<std::int64_t>(model_.layers.size()), g.aux_factor);
+    }
+    const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
+                 d_both = stacked(l.gate_a.grad, l.up_a.grad);
+    const bool together = ps[j] && both && d_both && routed;
+    if (together) {
+      through_a_and_router_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad,
+                                    d_rows, ps[j], d_logits, rows, both, l.router.value);
+    } else if (ps[j]) {
       const std::int64_t width = ad.experts * ad.rank;
       const auto through = [&](Tensor d_weight, ConstTensor p, ConstTensor weight) {
         through_a_backward(step, g, i, site_ffn, ad.expert_p, d_weight, d_rows, p, rows, weight);
       };
-      const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
-                   d_both = stacked(l.gate_a.grad, l.up_a.grad);
       if (both && d_both) {
         through(d_both, ps[j], both);
       } else {
@@ -300,16 +316,8 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
           through(l.up_a.grad, ps[j].col_range(width, 2 * width), l.up_a.compute);
       }
     }
-    if (has_router(ad.spec)) {
-      const bool losses = ad.spec.router_loss;
-      const float coef = losses ? static_cast<float>(ad.spec.router_aux_loss_coef) : 0;
-      const bool z = losses && ad.spec.routing_strategy == Routing::mixlora_switch;
-      const Tensor d_logits = scratch_.take({g.rows(), ad.experts}, DType::f32);
-      ops_.route_backward(d_logits, d_weights[j], k.groups[j].slots, k.groups[j].probabilities,
-                          k.groups[j].logits, flat_row(ad.fraction, i), ad.router, coef,
-                          z ? static_cast<float>(ad.spec.router_z_loss_coef) : 0,
-                          static_cast<std::int64_t>(model_.layers.size()), g.aux_factor);
-      ops_.router_backward(l.router.grad, d_rows, d_logits, rows, l.router.value);
+    if (routed) {
+      if (!together) ops_.router_backward(l.router.grad, d_rows, d_logits, rows, l.router.value);
       if (d_overflow[j]) ops_.add(d_rows, d_overflow[j]);
       const auto amount = static_cast<float>(jitter_noise(ad.spec));
       if (amount > 0)

@@ -31,6 +31,18 @@ void Transformer::through_a_backward(const Step& step, const Group& g, std::size
                        room);
 }
 
+void Transformer::through_a_and_router_backward(const Step& step, const Group& g, std::size_t layer,
+                                                std::uint32_t site, float p, Tensor d_weight,
+                                                Tensor d_router, Tensor d_x, ConstTensor d_a,
+                                                ConstTensor d_logits, ConstTensor x,
+                                                ConstTensor weight, ConstTensor router) {
+  const Scratch::Frame frame(scratch_);
+  const float own = rate(step, p);
+  const Tensor room = own > 0 ? scratch_.take({x.rows(), x.cols()}, x.dtype) : Tensor();
+  ops_.lora_a_router_backward(d_weight, d_router, d_x, d_a, d_logits, x, weight, router,
+                              dropout_of(g, layer, site, own), ids(step, g), room);
+}
+
 void Transformer::through_a_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
                                               std::uint32_t site, float p, Tensor d_weight,
                                               Tensor d_input, Tensor d_y, ConstTensor d_a,

@@ -42,6 +42,13 @@ void Backend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, C
   rmsnorm_backward(d_x, d_y, x, w, r);
 }
 
+void Backend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                                     ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                                     ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) {
+  lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room);
+  router_backward(d_wg, d_x, d_logits, x, wg);
+}
+
 void Backend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                const LowRank& update, ConstTensor w, float eps) {
   if (update.a) gemm(delta, update.a, false, update.b, true, 1, 1);

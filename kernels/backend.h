@@ -253,6 +253,10 @@ class Backend {
                                        ConstTensor weight, const Dropout& d, RowIds ids,
                                        ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
                                        Tensor room);
+  /// lora_a_backward, then router_backward, of one x.
+  virtual void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                                      ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                                      ConstTensor wg, const Dropout& d, RowIds ids, Tensor room);
   /// add_rmsnorm of x and delta + a B^T. `delta` is overwritten.
   virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                 const LowRank& update, ConstTensor w, float eps);

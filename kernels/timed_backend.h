@@ -157,6 +157,14 @@ class TimedBackend final : public Backend {
     timed(Family::factors, "lora_a_backward",
           [&] { inner_.lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room); });
   }
+  void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                              ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                              ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) override {
+    timed(Family::factors, "lora_a_router_backward", [&] {
+      inner_.lora_a_router_backward(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids,
+                                    room);
+    });
+  }
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override {
     timed(Family::factors, "lora_b_backward", [&] { inner_.lora_b_backward(all, s); });
   }

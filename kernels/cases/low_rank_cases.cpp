@@ -7,6 +7,7 @@
 #include "kernels/reference/dropout.h"
 #include "kernels/reference/low_rank.h"
 #include "kernels/reference/normalisation.h"
+#include "kernels/reference/router.h"
 
 namespace mixlora::cases {
 namespace {
@@ -128,6 +129,32 @@ OpCase norm_backward(Index n, Index d, Index rank, float p) {
           }};
 }
 
+/// Both ways back to one x: A's and a router's.
+OpCase router_backward(Index n, Index d, Index rank, Index experts, float p) {
+  return {"lora_a_router_backward " + times({n, d, rank, experts}) + (p > 0 ? "" : " kept"),
+          kSummed, 4.0 * static_cast<double>(n * d * (rank + experts)), [=](Workbench& w) {
+            const Dropout drop{p, w.key(), 7, site_ffn};
+            Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
+                  &wg = w.input({experts, d}, DType::f32, 0.02), &d_a = w.input({n, rank}, w.act()),
+                  &d_logits = w.input({n, experts}, DType::f32), &ids = w.row_ids(n),
+                  &room = w.scratch({n, d});
+            Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
+                  &d_wg = w.updated("d_wg", {experts, d}, DType::f32),
+                  &d_x = w.updated("d_x", {n, d}, w.act());
+            w.run = [=, &w, &x, &a, &wg, &d_a, &d_logits, &ids, &room, &d_weight, &d_wg, &d_x] {
+              w.ops.lora_a_router_backward(d_weight.device, d_wg.device, d_x.device, d_a.device,
+                                           d_logits.device, x.device, a.device, wg.device, drop,
+                                           ids.device, room.device);
+            };
+            w.reference = [=, &x, &a, &wg, &d_a, &d_logits, &ids, &d_weight, &d_wg, &d_x] {
+              reference::lora_a_backward(d_weight.data(), d_x.data(), d_a.data(), x.data(),
+                                         a.data(), drop, ids.index(), n, d, rank);
+              reference::router_backward(d_wg.data(), d_x.data(), d_logits.data(), x.data(),
+                                         wg.data(), n, d, experts);
+            };
+          }};
+}
+
 /// ranks of q, k, v; 0: not adapted.
 OpCase rope(Index n, Heads h, std::array<Index, 3> ranks) {
   const Index d = h.head_dim, width = (h.heads + 2 * h.kv_heads) * d;
@@ -183,6 +210,11 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(norm_backward(37, 576, 24, 0.05F));
   t.push_back(norm_backward(131, 576, 48, 0.05F));
   t.push_back(norm_backward(66, 4096, 32, 0.05F));
+  t.push_back(router_backward(5, 13, 3, 3, 0.3F));
+  t.push_back(router_backward(37, 96, 72, 3, 0.1F));
+  t.push_back(router_backward(150, 288, 256, 8, 0.05F));
+  t.push_back(router_backward(33, 96, 128, 8, 0));
+  t.push_back(router_backward(21, 64, 80, 11, 0.1F));
   t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}));
   t.push_back(rope(11, {2, 1, 64}, {8, 0, 8}));
   t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));

@@ -229,6 +229,10 @@ void add_row_cases(std::vector<OpCase>& t) {
   lora_a_cases(t, 70, 544, 48, 0.05F);
   lora_a_cases(t, 33, 576, 64, 0.05F, false);
   lora_a_cases(t, 65, 1536, 128, 0.1F);
+  lora_a_cases(t, 300, 672, 256, 0.05F);
+  lora_a_cases(t, 133, 96, 200, 0.1F);
+  lora_a_cases(t, 3, 160, 72, 0.1F);
+  lora_a_cases(t, 140, 160, 280, 0.05F, false);
   lora_a_cases(t, 21, 64, 16, 0);
   lora_a_cases(t, 256, 4096, 16, 0.05F);
   dora_cases(t, 5, 17, 13, 3);

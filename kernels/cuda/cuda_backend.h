@@ -65,6 +65,9 @@ class CudaBackend final : public Backend {
   void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                ConstTensor weight, const Dropout& d, RowIds ids, ConstTensor x,
                                ConstTensor w, ConstTensor r, Tensor y, Tensor room) override;
+  void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                              ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                              ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) override;
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override;
   void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                         const LowRank& update, ConstTensor w, float eps) override;
@@ -137,6 +140,8 @@ class CudaBackend final : public Backend {
     std::byte *at_, *end_;
   };
   Room room() const;
+  /// d_wg += d_logits^T x, router_backward's other half.
+  void router_weight_backward(Tensor d_wg, ConstTensor d_logits, ConstTensor x);
   /// c = alpha op(a) op(b) + beta c; the one way to cuBLASLt.
   void product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, bool transpose_b,
                float alpha, float beta);

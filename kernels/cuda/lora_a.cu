@@ -1,8 +1,10 @@
 // Dropout and A in one pass over x, forward and backward: the rows that dropout leaves are never in
-// memory. Traffic: forward D numbers a row; backward 3 D (x, d_x read and written).
+// memory. Traffic: forward D numbers a row; backward 3 D (x, d_x read and written). The kernels
+// here are for a few ranks; lora_a_tiles.cu and lora_a_90a.cu have the others.
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/lora_a.cuh"
 #include "kernels/cuda/low_rank.cuh"
 
 namespace mixlora {
@@ -21,33 +23,9 @@ using cuda::Number;
 constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
 constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
+constexpr Index kMostSums = Index{1} << 23;  // floats of a part of many ranks
 
-/// The call, and its mask: an element is kept when its 16 bits are not below the upper half of
-/// `threshold`.
-struct Call {
-  const Number *x, *weight, *d_a;
-  Number* d_x;
-  Index stride_x, stride_d_x, stride_d_a;
-  int rows, cols, rank;
-  const std::int32_t* ids;
-  RandomKey key;
-  std::uint32_t threshold, layer, site;
-  const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
-  float* sums;                   // forward (split, row, rank); backward (split, rank, column)
-
-  __device__ Philox4 bits(int4 id, int block) const {
-    return row_bits(key, layer, site, static_cast<std::uint32_t>(id.z),
-                    static_cast<std::uint32_t>(id.x), static_cast<std::uint32_t>(id.y),
-                    static_cast<std::uint32_t>(block));
-  }
-};
-
-/// Columns 2i, 2i + 1 of a lane's eight with those dropped zeroed.
-__device__ unsigned masked(unsigned pair, const Philox4& bits, int i, std::uint32_t threshold) {
-  const unsigned first = cuda::kept(bits, 2 * i, threshold) ? 0xffffU : 0;
-  const unsigned second = cuda::kept(bits, 2 * i + 1, threshold) ? 0xffff0000U : 0;
-  return pair & (first | second);
-}
+using Call = cuda::DroppedA;
 
 /// Bytes of one rank's columns in the forward kernel: four lanes read 64 neighbouring bytes, and
 /// the next rank's lie in the other banks.
@@ -116,10 +94,10 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 2)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint4 raw = *reinterpret_cast<const uint4*>(ring + (2 * stage + h) * kPiece);
-      a[h][0] = masked(raw.x, bits[h], 0, m.threshold);
-      a[h][1] = masked(raw.y, bits[h], 1, m.threshold);
-      a[h][2] = masked(raw.z, bits[h], 2, m.threshold);
-      a[h][3] = masked(raw.w, bits[h], 3, m.threshold);
+      a[h][0] = cuda::masked(raw.x, bits[h], 0, m.threshold);
+      a[h][1] = cuda::masked(raw.y, bits[h], 1, m.threshold);
+      a[h][2] = cuda::masked(raw.z, bits[h], 2, m.threshold);
+      a[h][3] = cuda::masked(raw.w, bits[h], 3, m.threshold);
     }
     const std::byte* weight = memory + g * stride + (f0 - begin + 8 * q) * 2;
 #pragma unroll
@@ -151,6 +129,7 @@ __global__ void a_kernel(Number* a, Index stride, const float2* sums, int rows, 
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), half = rank / 2;
   if (i >= rows * half) return;
   float2 sum = make_float2(0, 0);
+#pragma unroll 4
   for (int k = 0; k < splits; ++k) {
     const float2 part = sums[static_cast<Index>(k) * rows * half + i];
     sum.x += part.x, sum.y += part.y;
@@ -165,9 +144,9 @@ template <int C> struct Stage {
   static constexpr int kBytes = kIds + kPiece / 2;
 };
 
-/// grid (columns / 32, splits): a block has 32 columns and its share of the rows. Through: d_x too;
-/// Normed: x is what the norm before A saw.
-template <int C, bool Through, bool Normed>
+/// grid (columns / 32, splits): a block has 32 columns and its share of the rows, for d_weight and
+/// d_x.
+template <int C>
 __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
     backward_kernel(const Call m, float keep) {
   extern __shared__ __align__(16) std::byte memory[];
@@ -183,17 +162,15 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
             end = min(m.rows, tiles * (split + 1) / splits * kRows);
 
   // A's 32 columns as fetch_factor lays a factor: a column's ranks together.
-  if constexpr (Through) {
-    auto* factor = reinterpret_cast<Number*>(memory);
-    for (int i = static_cast<int>(threadIdx.x); i < 16 * C * kColumns;
-         i += static_cast<int>(blockDim.x)) {
-      const int c = i % kColumns, r = i / kColumns, a = c / 8, b = c % 8;
-      factor[r / 16 * (kFactorBytes / 2) + (4 * b + a) * 16 + 8 * (r / 8 % 2 ^ (b & 1)) + r % 8] =
-          r < rank ? m.weight[static_cast<Index>(r) * m.cols + f0 + c] : Number(0.0F);
-    }
-    __syncthreads();
+  auto* columns = reinterpret_cast<Number*>(memory);
+  for (int i = static_cast<int>(threadIdx.x); i < 16 * C * kColumns;
+       i += static_cast<int>(blockDim.x)) {
+    const int c = i % kColumns, r = i / kColumns, a = c / 8, b = c % 8;
+    columns[r / 16 * (kFactorBytes / 2) + (4 * b + a) * 16 + 8 * (r / 8 % 2 ^ (b & 1)) + r % 8] =
+        r < rank ? m.weight[static_cast<Index>(r) * m.cols + f0 + c] : Number(0.0F);
   }
-  constexpr int kFactor = Through ? C * kFactorBytes : 0;
+  __syncthreads();
+  constexpr int kFactor = C * kFactorBytes;
   const std::uint32_t factor = cuda::shared_address(memory) + cuda::factor_row(lane);
   std::byte* ring = memory + kFactor + warp * 2 * S::kBytes;
   const std::uint32_t ring_address = cuda::shared_address(ring), own_ranks = cuda::rank_row(lane);
@@ -205,9 +182,8 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
     for (int h = 0; h < 2; ++h) {
       const Index row = min(first + g + 8 * h, end - 1);
       cuda::fetch16(piece + static_cast<std::uint32_t>(h * kPiece), m.x + row * m.stride_x + col);
-      if constexpr (Through)
-        cuda::fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece),
-                      m.d_x + row * m.stride_d_x + col);
+      cuda::fetch16(piece + static_cast<std::uint32_t>((2 + h) * kPiece),
+                    m.d_x + row * m.stride_d_x + col);
     }
     // Rows that are not there have no gradient.
     const int row = first + lane / 2;
@@ -219,20 +195,6 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
                     m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
   };
 
-  float norm_w[Normed ? 8 : 1];
-  if constexpr (Normed) {
-    const cuda::Eight w = cuda::load8(m.norm_w + col);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) norm_w[i] = w.v[i];
-  }
-  /// The numbers 2i, 2i + 1 of a lane's eight as A saw them before dropout.
-  const auto seen = [&](unsigned pair, int i, float r) {
-    if constexpr (Normed)
-      return cuda::pack2(cuda::low(pair) * (r * norm_w[2 * i]),
-                         cuda::high(pair) * (r * norm_w[2 * i + 1]));
-    else
-      return pair;
-  };
   float d_weight[2][2 * C][4] = {};
   const int step = warps * kRows;
   int stage = 0;
@@ -241,10 +203,6 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
   for (int first = begin + warp * kRows; first < end; first += step) {
     if (first + step < end) fetch(stage ^ 1, first + step);
     cuda::fetch_commit();
-    float r[2] = {};
-    if constexpr (Normed)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) r[h] = __ldg(m.norm_r + min(first + g + 8 * h, end - 1));
     cuda::fetch_wait<1>();
     __syncwarp();
     std::byte* here = ring + stage * S::kBytes;
@@ -260,10 +218,8 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint2 raw = cuda::read_piece(here, h, pair, lane);
-        x[0][h] =
-            cuda::transposed(masked(seen(raw.x, 2 * pair, r[h]), bits[h], 2 * pair, m.threshold));
-        x[1][h] = cuda::transposed(
-            masked(seen(raw.y, 2 * pair + 1, r[h]), bits[h], 2 * pair + 1, m.threshold));
+        x[0][h] = cuda::transposed(cuda::masked(raw.x, bits[h], 2 * pair, m.threshold));
+        x[1][h] = cuda::transposed(cuda::masked(raw.y, bits[h], 2 * pair + 1, m.threshold));
       }
       float d[2][4] = {};
 #pragma unroll
@@ -272,37 +228,31 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
         cuda::read_matrices_trans(a, ranks + static_cast<std::uint32_t>(c * kPiece));
         cuda::mma(d_weight[pair][2 * c], x[0][0], x[1][0], x[0][1], x[1][1], a[0], a[1]);
         cuda::mma(d_weight[pair][2 * c + 1], x[0][0], x[1][0], x[0][1], x[1][1], a[2], a[3]);
-        if constexpr (Through) {
-          cuda::read_matrices(a, ranks + static_cast<std::uint32_t>(c * kPiece));
-          cuda::read_matrices(w,
-                              factor + static_cast<std::uint32_t>(c * kFactorBytes + 512 * pair));
-          cuda::mma(d[0], a[0], a[1], a[2], a[3], w[0], w[1]);
-          cuda::mma(d[1], a[0], a[1], a[2], a[3], w[2], w[3]);
-        }
+        cuda::read_matrices(a, ranks + static_cast<std::uint32_t>(c * kPiece));
+        cuda::read_matrices(w, factor + static_cast<std::uint32_t>(c * kFactorBytes + 512 * pair));
+        cuda::mma(d[0], a[0], a[1], a[2], a[3], w[0], w[1]);
+        cuda::mma(d[1], a[0], a[1], a[2], a[3], w[2], w[3]);
       }
-      if constexpr (Through) {
-        float old[2][4];
-        cuda::start(old, cuda::read_piece(here, 2, pair, lane),
-                    cuda::read_piece(here, 3, pair, lane));
+      float old[2][4];
+      cuda::start(old, cuda::read_piece(here, 2, pair, lane),
+                  cuda::read_piece(here, 3, pair, lane));
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (cuda::kept(bits[h], 4 * pair + i, m.threshold))
-              old[i / 2][2 * h + i % 2] += keep * d[i / 2][2 * h + i % 2];
-          auto* to = reinterpret_cast<uint2*>(here + (2 + h) * kPiece + 16 * lane + 8 * pair);
-          *to = make_uint2(cuda::pack2(old[0][2 * h], old[0][2 * h + 1]),
-                           cuda::pack2(old[1][2 * h], old[1][2 * h + 1]));
-        }
+        for (int i = 0; i < 4; ++i)
+          if (cuda::kept(bits[h], 4 * pair + i, m.threshold))
+            old[i / 2][2 * h + i % 2] += keep * d[i / 2][2 * h + i % 2];
+        auto* to = reinterpret_cast<uint2*>(here + (2 + h) * kPiece + 16 * lane + 8 * pair);
+        *to = make_uint2(cuda::pack2(old[0][2 * h], old[0][2 * h + 1]),
+                         cuda::pack2(old[1][2 * h], old[1][2 * h + 1]));
       }
     }
-    if constexpr (Through)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (first + g + 8 * h < end)
-          *reinterpret_cast<uint4*>(m.d_x + static_cast<Index>(first + g + 8 * h) * m.stride_d_x +
-                                    col) =
-              *reinterpret_cast<const uint4*>(here + (2 + h) * kPiece + 16 * lane);
+    for (int h = 0; h < 2; ++h)
+      if (first + g + 8 * h < end)
+        *reinterpret_cast<uint4*>(m.d_x + static_cast<Index>(first + g + 8 * h) * m.stride_d_x +
+                                  col) =
+            *reinterpret_cast<const uint4*>(here + (2 + h) * kPiece + 16 * lane);
     __syncwarp();
     stage ^= 1;
   }
@@ -351,6 +301,7 @@ __global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count,
   }
   if (i >= count) return;
   float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
   for (int k = 0; k < splits; ++k) {
     const float4 part = sums[static_cast<Index>(k) * count + i];
     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
@@ -363,13 +314,33 @@ __global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count,
 template <class View> bool by_sixteen_bytes(const View& t) {
   return t.dtype == DType::bf16 && cuda::by_eights(t);
 }
-bool takes(ConstTensor x, ConstTensor weight, const Dropout& d) {
+bool few(Index rank) { return rank <= 16 * cuda::kRankChunks; }
+/// Whether the kernels of lora_a_90a.cu run here.
+bool warpgroups([[maybe_unused]] int device) {
+#ifdef MIXLORA_WARPGROUPS
+  int major = 0, minor = 0;
+  cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+              "attributes");
+  cuda::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+              "attributes");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+/// More than a few ranks only where there are warpgroups.
+bool takes(int device, ConstTensor x, ConstTensor weight, const Dropout& d) {
   const Index rank = weight.rows();
   return d.active() && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
-         x.cols() % kColumns == 0 && rank % 8 == 0 && rank <= 16 * cuda::kRankChunks &&
-         x.rows() < (Index{1} << 24);
+         x.cols() % kColumns == 0 && rank % 8 == 0 && x.rows() < (Index{1} << 24) &&
+         (few(rank) || (warpgroups(device) && std::max(x.rows(), x.cols()) * rank <= kMostSums));
 }
-Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids, float* sums) {
+bool takes_backward(int device, ConstTensor d_weight, ConstTensor d_x, ConstTensor d_a,
+                    ConstTensor x, ConstTensor weight, const Dropout& d) {
+  return takes(device, x, weight, d) && by_sixteen_bytes(d_a) && d_weight.contiguous() &&
+         (!d_x || by_sixteen_bytes(d_x));
+}
+Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids) {
   Call m{};
   m.x = cuda::data<Number>(x);
   m.weight = cuda::data<Number>(weight);
@@ -382,37 +353,16 @@ Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids, fl
   m.threshold = dropout_threshold(d.p) << 16;
   m.layer = static_cast<std::uint32_t>(d.layer);
   m.site = d.site;
-  m.sums = sums;
   return m;
 }
-int splits_of(int blocks, int most) {
-  return std::clamp(ceil_div(kWishedBlocks, blocks), 1, std::max(most, 1));
+/// As many parts as the device takes blocks at a time, of at least `least` steps each.
+int splits_of(int blocks, int together, int steps, int least) {
+  return std::clamp(together / blocks, 1, std::max(1, steps / least));
 }
 
-/// The passes that lora_a_backward and lora_a_rmsnorm_backward share: d_weight, and d_x when m has
-/// one. `turned`, unless null: room for A turned over.
-void weight_backward(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
-                     cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(m.cols / kColumns);
-  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
-    using S = Stage<chunks()>;
-    const auto launch = [&](auto through, auto normed) {
-      constexpr int kFactor = through() ? chunks() * kFactorBytes : 0;
-      // The sums of all warps are laid over the rings.
-      static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >=
-                    16 * chunks() * (kColumns + 1) * 4);
-      auto* kernel = backward_kernel<chunks(), through(), normed()>;
-      cuda::launch_warps(
-          kernel, cuda::fit_of(reinterpret_cast<const void*>(kernel), kFactor, 2 * S::kBytes),
-          dim3(blocks, static_cast<unsigned>(splits)), stream, "lora_a_backward", m, keep);
-    };
-    if (m.norm_r != nullptr)
-      launch(std::false_type{}, std::true_type{});
-    else if (m.d_x != nullptr)
-      launch(std::true_type{}, std::false_type{});
-    else
-      launch(std::false_type{}, std::false_type{});
-  });
+/// The sums' parts into d_weight. `turned`, unless null: room for A turned over.
+void add_weight(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
+                cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int count = m.rank * m.cols / 4;
   const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)), turned != nullptr ? 2 : 1);
@@ -421,9 +371,58 @@ void weight_backward(const Call& m, int splits, Tensor d_weight, float keep, Num
       reinterpret_cast<const float4*>(m.sums), count, splits, keep, turned, m.weight, m.cols);
   cuda::launched("lora_a_backward");
 }
-int backward_splits(ConstTensor x) {
-  return splits_of(static_cast<int>(x.cols()) / kColumns,
-                   static_cast<int>(x.rows()) / (4 * cuda::kMostWarps * kRows));
+/// d_weight and d_x of a few ranks.
+template <class Room>
+void few_backward(Call m, Room space, Tensor d_weight, float keep, cudaStream_t stream) {
+  const int blocks = m.cols / kColumns,
+            splits = std::clamp(ceil_div(kWishedBlocks, blocks), 1,
+                                std::max(1, m.rows / (4 * cuda::kMostWarps * kRows)));
+  m.sums = space.template take<float>(static_cast<Index>(splits) * m.rank * m.cols);
+  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
+    using S = Stage<chunks()>;
+    constexpr int kFactor = chunks() * kFactorBytes;
+    // The sums of all warps are laid over the rings.
+    static_assert(kFactor + 2 * S::kBytes * cuda::kMostWarps >= 16 * chunks() * (kColumns + 1) * 4);
+    auto* kernel = backward_kernel<chunks()>;
+    cuda::launch_warps(kernel,
+                       cuda::fit_of(reinterpret_cast<const void*>(kernel), kFactor, 2 * S::kBytes),
+                       dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), stream,
+                       "lora_a_backward", m, keep);
+  });
+  add_weight(m, splits, d_weight, keep, nullptr, stream);
+}
+/// d_weight of a few ranks alone, by a norm or not.
+template <class Room>
+void few_weight(Call m, Room& space, int processors, Tensor d_weight, float keep, Number* turned,
+                cudaStream_t stream) {
+  const int splits = splits_of(ceil_div(m.cols, cuda::kDroppedTile),
+                               cuda::kFewTogether * processors, m.rows / cuda::kFewStep, 4);
+  m.sums = space.template take<float>(static_cast<Index>(splits) * m.rank * m.cols);
+  cuda::few_ranks_weight(m, splits, stream);
+  add_weight(m, splits, d_weight, keep, turned, stream);
+}
+#ifdef MIXLORA_WARPGROUPS
+/// Blocks of a part of many ranks.
+int many_blocks(const Call& m, int size) {
+  return ceil_div(size, cuda::kDroppedTile) * ceil_div(m.rank, m.rank > 128 ? 256 : 128);
+}
+#endif
+/// d_weight of many ranks, and d_x when m has one, with what a router sends back.
+template <class Room>
+void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
+                   [[maybe_unused]] int processors, [[maybe_unused]] Tensor d_weight,
+                   [[maybe_unused]] float keep, [[maybe_unused]] const cuda::Routed& router,
+                   [[maybe_unused]] cudaStream_t stream) {
+#ifdef MIXLORA_WARPGROUPS
+  const int splits =
+      splits_of(many_blocks(m, m.cols), processors, m.rows / cuda::kWarpgroupStep, 2);
+  const Index size = static_cast<Index>(m.rank) * m.cols;
+  m.sums = space.template take<float>(splits * size);
+  auto* turned = m.d_x != nullptr ? space.template take<Number>(size) : nullptr;
+  cuda::warpgroup_weight(m, splits, stream);
+  add_weight(m, splits, d_weight, keep, turned, stream);
+  if (m.d_x != nullptr) cuda::input_backward(m, turned, keep, router, stream);
+#endif
 }
 
 }  // namespace
@@ -431,27 +430,37 @@ int backward_splits(ConstTensor x) {
 void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
                          RowIds ids, Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!takes(x, weight, d) || a.stride % 2 != 0)
+  if (!takes(device_, x, weight, d) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
-  const int blocks = static_cast<int>(ceil_div<Index>(x.rows(), kForwardRows)),
-            cols = static_cast<int>(x.cols());
-  int columns = most_columns(static_cast<int>(ceil_div<Index>(weight.rows(), 16)));
-  while (columns > 128 && blocks * ceil_div(cols, columns) < processors_ * 3 / 2) columns /= 2;
-  const int splits = ceil_div(cols, columns);
-  auto* sums = room().take<float>(splits * x.rows() * weight.rows());
-  const Call m = call_of(x, weight, d, ids, sums);
-  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
-    cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
-                       forward_bytes(chunks(), most_columns(chunks())));
-    forward_kernel<chunks()>
-        <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-           kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
-           stream_>>>(m, columns);
-  });
-  cuda::launched("lora_a");
+  Call m = call_of(x, weight, d, ids);
+  int splits = 0;
+  const auto take_sums = [&] { m.sums = room().take<float>(splits * x.rows() * weight.rows()); };
+  if (few(m.rank)) {
+    const int blocks = ceil_div(m.rows, kForwardRows);
+    int columns = most_columns(ceil_div(m.rank, 16));
+    while (columns > 128 && blocks * ceil_div(m.cols, columns) < processors_ * 3 / 2) columns /= 2;
+    splits = ceil_div(m.cols, columns);
+    take_sums();
+    cuda::with_rank_chunks(m.rank, [&](auto chunks) {
+      cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
+                         forward_bytes(chunks(), most_columns(chunks())));
+      forward_kernel<chunks()>
+          <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+             kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
+             stream_>>>(m, columns);
+    });
+    cuda::launched("lora_a");
+  }
+#ifdef MIXLORA_WARPGROUPS
+  else {
+    splits = splits_of(many_blocks(m, m.rows), processors_, m.cols / cuda::kWarpgroupStep, 2);
+    take_sums();
+    cuda::warpgroup_forward(m, splits, stream_);
+  }
+#endif
   constexpr int kThreads = 256;
   a_kernel<<<static_cast<unsigned>(ceil_div(m.rows * m.rank / 2, kThreads)), kThreads, 0,
-             stream_>>>(cuda::data<Number>(a), a.stride, reinterpret_cast<const float2*>(sums),
+             stream_>>>(cuda::data<Number>(a), a.stride, reinterpret_cast<const float2*>(m.sums),
                         m.rows, m.rank, splits, s * dropout_scale(d.p));
   cuda::launched("lora_a");
 }
@@ -460,15 +469,38 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
                                   ConstTensor weight, const Dropout& d, RowIds ids,
                                   Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
-      (d_x && !by_sixteen_bytes(d_x)))
+  if (!takes_backward(device_, d_weight, d_x, d_a, x, weight, d))
     return Backend::lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room_for_rows);
-  const int splits = backward_splits(x);
-  Call m = call_of(x, weight, d, ids, room().take<float>(splits * weight.numel()));
-  m.d_a = cuda::data<Number>(d_a);
-  m.stride_d_a = d_a.stride;
+  Call m = call_of(x, weight, d, ids);
+  m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
   if (d_x) m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
-  weight_backward(m, splits, d_weight, dropout_scale(d.p), nullptr, stream_);
+  const float keep = dropout_scale(d.p);
+  Room space = room();
+  if (!few(m.rank))
+    many_backward(m, space, processors_, d_weight, keep, {}, stream_);
+  else if (d_x)
+    few_backward(m, space, d_weight, keep, stream_);
+  else
+    few_weight(m, space, processors_, d_weight, keep, nullptr, stream_);
+}
+
+void CudaBackend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                                         ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                                         ConstTensor wg, const Dropout& d, RowIds ids,
+                                         Tensor room_for_rows) {
+  if (x.rows() == 0) return;
+  if (few(weight.rows()) || wg.rows() > cuda::kRoutedExperts || !d_x ||
+      !takes_backward(device_, d_weight, d_x, d_a, x, weight, d))
+    return Backend::lora_a_router_backward(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d,
+                                           ids, room_for_rows);
+  router_weight_backward(d_wg, d_logits, x);
+  Call m = call_of(x, weight, d, ids);
+  m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
+  m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
+  many_backward(m, room(), processors_, d_weight, dropout_scale(d.p),
+                {cuda::data<float>(d_logits), cuda::data<float>(wg), d_logits.stride, wg.stride,
+                 static_cast<int>(wg.rows())},
+                stream_);
 }
 
 void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
@@ -476,21 +508,20 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
                                           ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
                                           Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!takes(x, weight, d) || !by_sixteen_bytes(d_a) || !d_weight.contiguous() ||
-      !by_sixteen_bytes(d_x) || !by_sixteen_bytes(d_y) || !cuda::by_eights(w) || !r.contiguous() ||
+  if (!few(weight.rows()) || !takes_backward(device_, d_weight, d_x, d_a, x, weight, d) ||
+      !by_sixteen_bytes(d_y) || !cuda::by_eights(w) || !r.contiguous() ||
       !cuda::takes_norm_backward(x.cols(), weight.rows()))
     return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, d, ids, x, w, r, y,
                                             room_for_rows);
-  const int splits = backward_splits(x);
   Room space = room();
-  Call m = call_of(x, weight, d, ids, space.take<float>(splits * weight.numel()));
+  Call m = call_of(x, weight, d, ids);
   m.d_a = cuda::data<Number>(d_a);
   m.stride_d_a = d_a.stride;
   m.norm_w = cuda::data<float>(w);
   m.norm_r = cuda::data<float>(r);
   const float keep = dropout_scale(d.p);
   auto* turned = space.take<Number>(weight.numel());
-  weight_backward(m, splits, d_weight, keep, turned, stream_);
+  few_weight(m, space, processors_, d_weight, keep, turned, stream_);
   cuda::norm_backward({cuda::data<Number>(d_x),
                        cuda::data<Number>(ConstTensor(d_y)),
                        m.x,

@@ -202,6 +202,7 @@ __global__ void finish_kernel(const __grid_constant__ Call m) {
     if (i >= numbers) return;
     const auto* sums = reinterpret_cast<const float2*>(one.d_a_sums);
     float2 sum = make_float2(0, 0);
+#pragma unroll 8
     for (int k = 0; k < one.blocks; ++k) {
       const float2 part = sums[static_cast<Index>(k) * numbers + i];
       sum.x += part.x, sum.y += part.y;
@@ -215,6 +216,7 @@ __global__ void finish_kernel(const __grid_constant__ Call m) {
   if (i >= quads) return;
   const auto* sums = reinterpret_cast<const float4*>(one.d_b_sums);
   float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
   for (int k = 0; k < m.splits; ++k) {
     const float4 part = sums[static_cast<Index>(k) * quads + i];
     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;

@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(kLogitsWarps* kWarp, 3)
 }
 
 constexpr int kStaged = 64;  // rows whose d_logits lie in shared memory at a time
-/// f(row, their d_logits of eight experts) for every four rows of a range, by a whole block; rows
+/// f(row, their d_logits of eight experts) for every Count rows of a range, by a whole block; rows
 /// that are not there have no gradient.
-template <class F>
-__device__ void each_four(Rows<const float> d_logits, int first, int experts, Index begin,
+template <int Count, class F>
+__device__ void each_rows(Rows<const float> d_logits, int first, int experts, Index begin,
                           Index end, F f) {
   __shared__ float staged[kStaged][kExperts];
   for (Index piece = begin; piece < end; piece += kStaged) {
@@ -89,7 +89,7 @@ __device__ void each_four(Rows<const float> d_logits, int first, int experts, In
       staged[r][i % kExperts] = piece + r < end && e < experts ? *d_logits.at(piece + r, e) : 0.0F;
     }
     __syncthreads();
-    for (Index row = piece; row < min(piece + kStaged, end); row += kTogether)
+    for (Index row = piece; row < min(piece + kStaged, end); row += Count)
       f(row, staged + (row - piece));
   }
 }
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
       next[t] = cuda::take_packed<Aligned>(d_x.at(min(row + t, end - 1), at), count);
   };
   fetch(begin);
-  each_four(d_logits, 0, experts, begin, end, [&](Index row, const float(*d)[kExperts]) {
+  each_rows<kTogether>(d_logits, 0, experts, begin, end, [&](Index row, const float(*d)[kExperts]) {
     cuda::Packed<T> own[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) own[t] = next[t];
@@ -152,27 +152,29 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
             first = static_cast<int>(blockIdx.z) * kExperts;
   const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
   Eight sum[kExperts] = {};
-  cuda::Packed<T> next[kTogether];
+  constexpr int kAhead = sizeof(T) == 2 ? 2 * kTogether : kTogether;  // two blocks a processor
+  cuda::Packed<T> next[kAhead];
   const auto fetch = [&](Index row) {
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t)
+    for (int t = 0; t < kAhead; ++t)
       next[t] = cuda::take_packed<Aligned>(x.at(min(row + t, end - 1), at), count);
   };
   fetch(begin);
-  each_four(d_logits, first, experts, begin, end, [&](Index row, const float(*d)[kExperts]) {
-    cuda::Packed<T> own[kTogether];
+  each_rows<kAhead>(d_logits, first, experts, begin, end,
+                    [&](Index row, const float(*d)[kExperts]) {
+                      cuda::Packed<T> own[kAhead];
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) own[t] = next[t];
-    fetch(row + kTogether);
+                      for (int t = 0; t < kAhead; ++t) own[t] = next[t];
+                      fetch(row + kAhead);
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      const Eight e = cuda::unpacked(own[t]);
+                      for (int t = 0; t < kAhead; ++t) {
+                        const Eight e = cuda::unpacked(own[t]);
 #pragma unroll
-      for (int g = 0; g < kExperts; ++g)
+                        for (int g = 0; g < kExperts; ++g)
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) sum[g].v[i] += d[t][g] * e.v[i];
-    }
-  });
+                          for (int i = 0; i < kChunk; ++i) sum[g].v[i] += d[t][g] * e.v[i];
+                      }
+                    });
   if (!live) return;
 #pragma unroll
   for (int g = 0; g < kExperts; ++g)
@@ -533,13 +535,10 @@ void CudaBackend::route_backward(Tensor d_logits, ConstTensor d_weight, const Sl
   cuda::launched(op);
 }
 
-void CudaBackend::router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits, ConstTensor x,
-                                  ConstTensor wg) {
+void CudaBackend::router_weight_backward(Tensor d_wg, ConstTensor d_logits, ConstTensor x) {
   const char* op = "router_backward";
-  const Index rows = x.rows(), cols = x.cols(), experts = wg.rows();
-  cuda::expect_same(d_x, x, op);
-  cuda::expect_same(d_wg, wg, op);
-  cuda::expect(wg.cols() == cols && d_logits.rows() == rows && d_logits.cols() == experts &&
+  const Index rows = x.rows(), cols = x.cols(), experts = d_wg.rows();
+  cuda::expect(d_wg.cols() == cols && d_logits.rows() == rows && d_logits.cols() == experts &&
                    d_wg.contiguous(),
                op);
   if (rows == 0) return;
@@ -548,28 +547,48 @@ void CudaBackend::router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits,
   const dim3 blocks(static_cast<unsigned>(parts.count), row_blocks(cols, threads * kChunk),
                     row_blocks(experts, kExperts));
   auto* sums = room().take<float>(parts.count * experts * cols);
-  // Ranges of d_x's rows: about three blocks a processor.
-  const Index length = std::max<Index>(
-      kTogether, cuda::ceil_div<Index>(rows * blocks.y, 3 * static_cast<Index>(processors_)));
-  const dim3 input_blocks(row_blocks(rows, length), blocks.y);
   cuda::with_type(x.dtype, [&](auto number) {
     using T = decltype(number);
-    const auto run = [&](auto weight, auto input) {
-      weight<<<blocks, threads, 0, stream_>>>(sums, cuda::rows_of<float>(d_logits),
+    const auto run = [&](auto kernel) {
+      kernel<<<blocks, threads, 0, stream_>>>(sums, cuda::rows_of<float>(d_logits),
                                               cuda::rows_of<T>(x), rows, cols, parts.length,
                                               static_cast<int>(experts));
-      cuda::launched(op);
-      input<<<input_blocks, threads, 0, stream_>>>(
-          cuda::rows_of<T>(d_x), cuda::rows_of<float>(d_logits), cuda::rows_of<float>(wg), rows,
-          cols, length, static_cast<int>(experts));
-      cuda::launched(op);
     };
-    if (cuda::aligned(d_x, x, wg))
-      run(weight_backward_kernel<true, T>, input_backward_kernel<true, T>);
+    if (cuda::aligned(x))
+      run(weight_backward_kernel<true, T>);
     else
-      run(weight_backward_kernel<false, T>, input_backward_kernel<false, T>);
+      run(weight_backward_kernel<false, T>);
   });
+  cuda::launched(op);
   cuda::add_partials(stream_, op, cuda::data<float>(d_wg), sums, parts.count, experts * cols);
+}
+
+void CudaBackend::router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits, ConstTensor x,
+                                  ConstTensor wg) {
+  const char* op = "router_backward";
+  const Index rows = x.rows(), cols = x.cols(), experts = wg.rows();
+  cuda::expect_same(d_x, x, op);
+  cuda::expect_same(d_wg, wg, op);
+  router_weight_backward(d_wg, d_logits, x);
+  if (rows == 0) return;
+  const unsigned threads = cuda::column_threads(cols), across = row_blocks(cols, threads * kChunk);
+  // Ranges of d_x's rows: about three blocks a processor.
+  const Index length = std::max<Index>(
+      kTogether, cuda::ceil_div<Index>(rows * across, 3 * static_cast<Index>(processors_)));
+  const dim3 blocks(row_blocks(rows, length), across);
+  cuda::with_type(x.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto run = [&](auto kernel) {
+      kernel<<<blocks, threads, 0, stream_>>>(cuda::rows_of<T>(d_x), cuda::rows_of<float>(d_logits),
+                                              cuda::rows_of<float>(wg), rows, cols, length,
+                                              static_cast<int>(experts));
+    };
+    if (cuda::aligned(d_x, wg))
+      run(input_backward_kernel<true, T>);
+    else
+      run(input_backward_kernel<false, T>);
+  });
+  cuda::launched(op);
 }
 
 }  // namespace mixlora

@@ -280,7 +280,8 @@ void CudaBackend::slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d
   };
   unsigned threads = cuda::column_threads(cols);
   while (threads > cuda::kWarp && bytes(threads) > kShared) threads /= 2;
-  const cuda::Parts parts = cuda::parts_of(rows, experts * cols);
+  // Twice the usual ranges: four blocks a processor have twice as much on its way as two.
+  const cuda::Parts parts = cuda::parts_of(rows, experts * cols / 2);
   const dim3 blocks(static_cast<unsigned>(parts.count),
                     static_cast<unsigned>(cuda::ceil_div<Index>(cols, threads * kChunk)));
   const Index warps = static_cast<Index>(blocks.y) * threads / cuda::kWarp;

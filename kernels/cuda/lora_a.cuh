@@ -1,0 +1,69 @@
+// Dropout and A together: what the kernels of few ranks (lora_a.cu) and of many (lora_a_wide.cu)
+// share.
+#pragma once
+#include "kernels/cuda/rank_tiles.cuh"
+
+namespace mixlora::cuda {
+
+/// The call, and its mask: an element is kept when its 16 bits are not below the upper half of
+/// `threshold`.
+struct DroppedA {
+  const Number *x, *weight, *d_a;
+  Number* d_x;
+  Index stride_x, stride_d_x, stride_d_a;
+  int rows, cols, rank;
+  const std::int32_t* ids;
+  RandomKey key;
+  std::uint32_t threshold, layer, site;
+  const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
+  float* sums;                   // forward (split, row, rank); backward (split, rank, column)
+
+  __device__ int4 id(Index row) const { return __ldg(reinterpret_cast<const int4*>(ids) + row); }
+  __device__ Philox4 bits(int4 id, int block) const {
+    return row_bits(key, layer, site, static_cast<std::uint32_t>(id.z),
+                    static_cast<std::uint32_t>(id.x), static_cast<std::uint32_t>(id.y),
+                    static_cast<std::uint32_t>(block));
+  }
+};
+
+/// Columns 2i, 2i + 1 of a lane's eight with those dropped zeroed.
+__device__ inline unsigned masked(unsigned pair, const Philox4& bits, int i,
+                                  std::uint32_t threshold) {
+  const unsigned first = kept(bits, 2 * i, threshold) ? 0xffffU : 0;
+  const unsigned second = kept(bits, 2 * i + 1, threshold) ? 0xffff0000U : 0;
+  return pair & (first | second);
+}
+
+/// The same for eight numbers in shared memory.
+__device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint32_t threshold) {
+  auto* piece = reinterpret_cast<uint4*>(at);
+  const uint4 x = *piece;
+  *piece = make_uint4(masked(x.x, bits, 0, threshold), masked(x.y, bits, 1, threshold),
+                      masked(x.z, bits, 2, threshold), masked(x.w, bits, 3, threshold));
+}
+
+/// Rows (or columns, of d_weight) of a block of the kernels below; their sums are in parts as
+/// `sums` says.
+constexpr int kDroppedTile = 128;
+/// Up to kRankChunks sixteens of ranks, by a norm or not; kFewTogether blocks run at a
+/// time on a processor.
+constexpr int kFewTogether = 3, kFewStep = 32;
+void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream);
+/// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.
+constexpr int kWarpgroupStep = 64;
+void warpgroup_forward(const DroppedA& m, int splits, cudaStream_t stream);
+void warpgroup_weight(const DroppedA& m, int splits, cudaStream_t stream);
+
+/// What a router before the same rows sends back: d_logits (rows, E) Wg, E (E, columns). Absent:
+/// null.
+constexpr int kRoutedExperts = 8;
+struct Routed {
+  const float *d_logits, *wg;
+  Index stride_d_logits, stride_wg;
+  int experts;
+};
+/// d_x += keep mask (d_a A) + d_logits Wg; `turned` is A turned over, (columns, ranks).
+void input_backward(const DroppedA& m, const Number* turned, float keep, const Routed& router,
+                    cudaStream_t stream);
+
+}  // namespace mixlora::cuda
