@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
             first = static_cast<int>(blockIdx.z) * kExperts;
   const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
   Eight sum[kExperts] = {};
-  constexpr int kAhead = sizeof(T) == 2 ? 2 * kTogether : kTogether;  // two blocks a processor
+  constexpr int kAhead = sizeof(T) == 2 ? 2 * kTogether : kTogether;
   cuda::Packed<T> next[kAhead];
   const auto fetch = [&](Index row) {
 #pragma unroll
