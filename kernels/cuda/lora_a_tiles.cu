@@ -23,7 +23,7 @@ constexpr int kThreads = 256, kTile = cuda::kDroppedTile, kStep = cuda::kFewStep
 __device__ std::uint32_t narrow_place(int row, int unit) {
   return static_cast<std::uint32_t>(row * 64 + 16 * (unit ^ (row / 2 % 4)));
 }
-/// The same for the rows that product_input meets together: 8 i and 8 i + 1, i up to 3.
+/// The same for the rows that input_kernel meets together: 8 i and 8 i + 1, i up to 3.
 __device__ std::uint32_t spread_place(int row, int unit) {
   return static_cast<std::uint32_t>(row * 64 + 16 * (unit ^ (row / 8 % 4)));
 }
