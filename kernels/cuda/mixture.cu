@@ -307,13 +307,13 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
                               stream_);
         return;
       }
-    if (p) zero(p);
     if (in_tiles(c)) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>)
         cuda::tiles_backward(c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))),
                              stream_);
       return;
     }
+    if (p) zero(p);
     const auto rows = static_cast<unsigned>(c.rows);
     d_gate_up_kernel<<<dim3(blocks_of(c.width), rows), kThreads, 0, stream_>>>(c);
     if (c.d_weight != nullptr || c.p != nullptr)

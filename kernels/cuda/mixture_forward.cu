@@ -13,8 +13,8 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
   static constexpr int kBytes = kScales + (Scaled ? K * kScaleBytes : 0);
 };
 
-/// grid (tiles, splits): a block has one tile of rows and its share of the columns.
-template <int C, int K, bool Scaled, bool Factors, bool Whole>
+/// grid (tiles, splits): a block has one tile of rows, or one a warp, and its share of the columns.
+template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
                                                      : K == 1 ? 4
                                                               : 3)
@@ -27,15 +27,19 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
             rows = static_cast<int>(m.rows);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int own_tile = room.own_tile(warp, warps);
-  if (own_tile >= (m.tiles != nullptr ? *m.tiles : ceil_div(rows, kRows))) return;
+  // A team's tiles have the experts of its first one, and a warp without rows fetches factors only.
+  const int first_tile = Team ? own_tile - warp : own_tile;
+  if (!has_rows(m, first_tile)) return;
+  const bool idle = Team && !has_rows(m, own_tile);
   const int step = room.step(warps);
-  const auto tile = tile_of<K>(m, own_tile, g);
+  const auto tile = tile_of<K>(m, idle ? first_tile : own_tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || m.down_a != nullptr;
   const bool drops = Whole || (m.threshold != 0 && down);
   const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
-  std::byte* ring = shared + warp * 2 * S::kBytes;
+  using T = TeamStage<4, K, Scaled>;
+  std::byte* ring = shared + (Team ? 0 : warp * 2 * S::kBytes);
   const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
   unsigned a1[K][C][4], a3[K][C][4];
   float z[K][2 * C][4] = {};
@@ -61,6 +65,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
     }
   }
 
+  int team_rows[4];  // where the lane's numbers of c1 begin as a team fetches them
+  if constexpr (Team)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      team_rows[j] = of_team_row(tile.row, lane, j) * 2 * width + 8 * (lane % 8);
+
   const auto fetch = [&](int stage, int f0) {
     const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
     const std::uint32_t mine = at + static_cast<std::uint32_t>(16 * lane);
@@ -73,26 +83,33 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
     fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
   };
 
-  const ColumnRange range =
-      columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
-  const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
-  int stage = 0;
-  if (begin < range.end) fetch(0, begin);
-  fetch_commit();
-  for (int f0 = begin; f0 < range.end; f0 += step) {
-    if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+  const auto fetch_team_rows = [&](int stage, int f0) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * T::kBytes);
+    const std::uint32_t mine =
+        at + static_cast<std::uint32_t>(warp * T::kOwn) + team_place<T>(lane);
+    if (!idle)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        fetch16_wide(mine + team_row(j), m.gate_up + (team_rows[j] + f0));
+        fetch16_wide(mine + team_row(j) + 2 * kPiece, m.gate_up + (team_rows[j] + width + f0));
+      }
+    fetch_team<T, K, Scaled>(at, m, room, expert, f0, warp, lane);
     fetch_commit();
+  };
+
+  // 32 columns from f0 on; `here` has the warp's pieces.
+  const auto work = [&](const std::byte* here, const std::byte* scales, std::uint32_t factors,
+                        int f0) {
     Philox4 bits[K][2] = {};
     if (drops)
 #pragma unroll
       for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int h = 0; h < 2; ++h) bits[k][h] = m.bits(ids[h], expert[k], (f0 + 8 * q) / 8);
-    fetch_wait<1>();
-    __syncwarp();
-    const std::byte* here = ring + stage * S::kBytes;
-    const std::uint32_t factors =
-        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kFactors) + own_row;
+    if constexpr (!Team) {
+      fetch_wait<1>();
+      __syncwarp();
+    }
     unsigned out[2][4], own[K][2][4] = {};
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -117,8 +134,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
         }
         float s1[4], s3[4];
         if constexpr (Scaled)
-          read_scales(s1, s3, here + S::kScales + k * kScaleBytes, m, tile.expert[k] >= 0,
-                      8 * q + 4 * pair);
+          read_scales(s1, s3, scales + k * kScaleBytes, m, tile.expert[k] >= 0, 8 * q + 4 * pair);
         unsigned dropped[2][2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -162,8 +178,41 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
           write4(m.out + ((tile.slot[h][k] * rows + tile.row[h]) * width + f0 + 8 * q), own[k][h]);
         }
     }
-    __syncwarp();
-    stage ^= 1;
+  };
+
+  const ColumnRange range = columns_of(width, static_cast<int>(blockIdx.y),
+                                       static_cast<int>(gridDim.y), Team ? kTeamColumns : kColumns);
+  int stage = 0;
+  if constexpr (Team) {
+    const int mine = warp * T::kOwn;
+    fetch_team_rows(0, range.begin);
+    for (int f0 = range.begin; f0 < range.end; f0 += kTeamColumns) {
+      fetch_wait<0>();
+      __syncthreads();  // all of this stage is there, and nobody reads the other one any more
+      if (f0 + kTeamColumns < range.end) fetch_team_rows(stage ^ 1, f0 + kTeamColumns);
+      if (!idle)
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
+          work(ring + at + mine + half * T::kHalf, ring + factors + T::kScales,
+               ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
+        }
+      stage ^= 1;
+    }
+    if (idle) return;
+  } else {
+    const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
+    if (begin < range.end) fetch(0, begin);
+    fetch_commit();
+    for (int f0 = begin; f0 < range.end; f0 += step) {
+      if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+      fetch_commit();
+      const int at = stage * S::kBytes;
+      work(ring + at, ring + at + S::kScales,
+           ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
+      __syncwarp();
+      stage ^= 1;
+    }
   }
   if (!down) return;
   fetch_wait<0>();
@@ -187,7 +236,16 @@ void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, in
                            cudaStream_t stream) {
   with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
-    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole()>;
+    if constexpr (chunks() == 1 && whole())
+      if (room.team) {
+        using T = TeamStage<4, k(), scaled()>;
+        auto* kernel = forward_kernel<1, k(), scaled(), true, true, true>;
+        const Fit fit = team_fit(reinterpret_cast<const void*>(kernel), 2 * T::kBytes);
+        const unsigned blocks = share_team(c, room, tiles, fit);
+        return launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream,
+                            "mixture", c, room);
+      }
+    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole(), false>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
                            std::max(2 * S::kBytes, 2 * k() * chunks() * kFragment * 4));
     const unsigned blocks = share(c, room, tiles, fit);

@@ -20,8 +20,8 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
   static constexpr int kSums = K * (4 * C + 1);
 };
 
-/// grid (tiles, splits): a block has one tile of rows and its share of the columns.
-template <int C, int K, bool Scaled, bool Factors, bool Whole>
+/// grid (tiles, splits): a block has one tile of rows, or one a warp, and its share of the columns.
+template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
                                                      : Scaled && K == 2 ? 2
                                                                         : 3)
@@ -34,20 +34,25 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
             rows = static_cast<int>(m.rows);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int own_tile = room.own_tile(warp, warps);
-  if (own_tile >= (m.tiles != nullptr ? *m.tiles : ceil_div(rows, kRows))) return;
+  // A team's tiles have the experts of its first one, and a warp without rows fetches factors only.
+  const int first_tile = Team ? own_tile - warp : own_tile;
+  if (!has_rows(m, first_tile)) return;
+  const bool idle = Team && !has_rows(m, own_tile);
   const int step = room.step(warps);
-  const auto tile = tile_of<K>(m, own_tile, g);
+  const auto tile = tile_of<K>(m, idle ? first_tile : own_tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || (m.down_a != nullptr && m.q != nullptr);
   const bool drops = Whole || (m.threshold != 0 && down);
   const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   const float keep_scale = m.scale * m.keep;
-  std::byte* ring = shared + warp * S::kWarpBytes;
+  using T = TeamStage<S::kFactors / kPiece, K, Scaled>;
+  std::byte* ring = shared + (Team ? 0 : warp * S::kWarpBytes);
   const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
   unsigned a1[K][C][4], a3[K][C][4], q_ranks[K][C][4];
   float sums[S::kSums][4] = {};  // slot by slot: p of gate, p of up; then d_weight
-  auto* ids = reinterpret_cast<int4*>(ring + 2 * S::kBytes);
+  auto* ids =
+      reinterpret_cast<int4*>(ring + (Team ? 2 * T::kBytes + warp * S::kIds : 2 * S::kBytes));
   int gate_up[2], d_out[S::kApart][2];  // where the lane's numbers begin
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -81,6 +86,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     }
   }
 
+  // Where the lane's numbers of c1 and of each slot's d_out begin as a team fetches them.
+  int team_rows[1 + S::kApart][4];
+  if constexpr (Team)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      team_rows[0][j] = of_team_row(tile.row, lane, j) * 2 * width + 8 * (lane % 8);
+#pragma unroll
+      for (int k = 0; k < S::kApart; ++k) {
+        const int slot[2] = {tile.slot[0][k], tile.slot[1][k]};
+        team_rows[1 + k][j] =
+            ((per_slot ? of_team_row(slot, lane, j) * rows : 0) + of_team_row(tile.row, lane, j)) *
+                width +
+            8 * (lane % 8);
+      }
+    }
   __syncwarp();
   const auto fetch = [&](int stage, int f0) {
     const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * S::kBytes);
@@ -98,15 +118,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     fetch_slots<S, C, K, Scaled, Factors, Whole>(at, m, room, expert, f0, down, lane);
   };
 
-  const ColumnRange range =
-      columns_of(width, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
-  const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
-  int stage = 0;
-  if (begin < range.end) fetch(0, begin);
-  fetch_commit();
-  for (int f0 = begin; f0 < range.end; f0 += step) {
-    if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+  const auto fetch_team_rows = [&](int stage, int f0) {
+    const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * T::kBytes);
+    const std::uint32_t mine =
+        at + static_cast<std::uint32_t>(warp * T::kOwn) + team_place<T>(lane);
+    if (!idle)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        fetch16_wide(mine + team_row(j), m.gate_up + (team_rows[0][j] + f0));
+        fetch16_wide(mine + team_row(j) + 2 * kPiece, m.gate_up + (team_rows[0][j] + width + f0));
+#pragma unroll
+        for (int k = 0; k < S::kApart; ++k)
+          fetch16_wide(mine + team_row(j) + static_cast<std::uint32_t>((4 + 2 * k) * kPiece),
+                       m.d_out + (team_rows[1 + k][j] + f0));
+      }
+    fetch_team<T, K, Scaled>(at, m, room, expert, f0, warp, lane);
     fetch_commit();
+  };
+
+  // 32 columns from f0 on; `here` has the warp's pieces.
+  const auto work = [&](std::byte* here, const std::byte* scales, std::uint32_t factors, int f0) {
     Philox4 bits[K][2] = {};
     if (drops)
 #pragma unroll
@@ -115,11 +146,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
 #pragma unroll
         for (int k = 0; k < K; ++k) bits[k][h] = m.bits(id, expert[k], (f0 + 8 * q) / 8);
       }
-    fetch_wait<1>();
-    __syncwarp();
-    std::byte* here = ring + stage * S::kBytes;
-    const std::uint32_t factors =
-        ring_address + static_cast<std::uint32_t>(stage * S::kBytes + S::kFactors) + own_row;
+    if constexpr (!Team) {
+      fetch_wait<1>();
+      __syncwarp();
+    }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       float gate_sum[2][4] = {}, up_sum[2][4] = {};
@@ -149,8 +179,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
         }
         float s1[4], s3[4];
         if constexpr (Scaled)
-          read_scales(s1, s3, here + S::kScales + k * kScaleBytes, m, tile.expert[k] >= 0,
-                      8 * q + 4 * pair);
+          read_scales(s1, s3, scales + k * kScaleBytes, m, tile.expert[k] >= 0, 8 * q + 4 * pair);
         unsigned gate[2][2], up[2][2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -197,8 +226,41 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
       row[0] = from[0];
       row[width / 8] = from[2 * kPiece / 16];
     }
-    __syncwarp();
-    stage ^= 1;
+  };
+
+  const ColumnRange range = columns_of(width, static_cast<int>(blockIdx.y),
+                                       static_cast<int>(gridDim.y), Team ? kTeamColumns : kColumns);
+  int stage = 0;
+  if constexpr (Team) {
+    const int mine = warp * T::kOwn;
+    fetch_team_rows(0, range.begin);
+    for (int f0 = range.begin; f0 < range.end; f0 += kTeamColumns) {
+      fetch_wait<0>();
+      __syncthreads();  // all of this stage is there, and nobody reads the other one any more
+      if (f0 + kTeamColumns < range.end) fetch_team_rows(stage ^ 1, f0 + kTeamColumns);
+      if (!idle)
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
+          work(ring + at + mine + half * T::kHalf, ring + factors + T::kScales,
+               ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
+        }
+      stage ^= 1;
+    }
+    if (idle) return;
+  } else {
+    const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
+    if (begin < range.end) fetch(0, begin);
+    fetch_commit();
+    for (int f0 = begin; f0 < range.end; f0 += step) {
+      if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+      fetch_commit();
+      const int at = stage * S::kBytes;
+      work(ring + at, ring + at + S::kScales,
+           ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
+      __syncwarp();
+      stage ^= 1;
+    }
   }
   if (!Whole && m.p == nullptr && m.d_weight == nullptr) return;
   fetch_wait<0>();
@@ -221,7 +283,17 @@ void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, in
                            cudaStream_t stream) {
   with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
-    auto* kernel = rows_kernel<chunks(), k(), scaled(), factors(), whole()>;
+    if constexpr (chunks() == 1 && whole())
+      if (room.team) {
+        using T = TeamStage<S::kFactors / kPiece, k(), scaled()>;
+        auto* kernel = rows_kernel<1, k(), scaled(), true, true, true>;
+        const Fit fit =
+            team_fit(reinterpret_cast<const void*>(kernel), 2 * T::kBytes + kTeam * S::kIds);
+        const unsigned blocks = share_team(c, room, tiles, fit);
+        return launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream,
+                            "mixture_backward by rows", c, room);
+      }
+    auto* kernel = rows_kernel<chunks(), k(), scaled(), factors(), whole(), false>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
                            std::max(S::kWarpBytes, S::kSums * kFragment * 4));
     const unsigned blocks = share(c, room, tiles, fit);

@@ -10,10 +10,13 @@ namespace {
 constexpr int kWarps = 4, kBlockColumns = kWarps * kColumns;
 constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
 
-/// A warp's stage: c1, c3 and d_out of rows g and g + 8, the 16 rows' a of gate and up, q, ids.
-constexpr int kRanks = 6 * kPiece, kIds = kRanks + 3 * kPiece, kStage = kIds + kPiece / 2;
-/// B1, B3 and A2 of a warp's columns, two stages, and where the warps' p meet, twice.
-constexpr int kWarpBytes = 3 * kFactorBytes + 2 * kStage + 2 * 4 * kPiece;
+/// A stage: of every warp's columns c1, c3 and d_out of rows g and g + 8, the warps' apart by a few
+/// banks; the 16 rows' a of gate and up, q, ids.
+constexpr int kSide = 6 * kPiece + 64, kRanks = kWarps * kSide, kIds = kRanks + 3 * kPiece,
+              kStage = kIds + kPiece / 2;
+/// B1, B3 and A2 of each warp's columns, two stages, and where the warps' p meet, twice.
+constexpr int kRing = kWarps * 3 * kFactorBytes, kMeeting = kRing + 2 * kStage,
+              kBytes = kMeeting + 2 * kWarps * 4 * kPiece;
 
 /// What blocks leave: (block of columns, row, 2 R); (split, F R) of B1, of B3, of A2; (split, F) of
 /// either scale.
@@ -30,7 +33,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int width = static_cast<int>(m.width), rows = static_cast<int>(m.rows), rank = m.rank;
-  const int f0 = static_cast<int>(blockIdx.x) * kBlockColumns + warp * kColumns, col = f0 + 8 * q;
+  const int block = static_cast<int>(blockIdx.x) * kBlockColumns, f0 = block + warp * kColumns,
+            col = f0 + 8 * q;
   const int tiles = ceil_div(rows, kRows), splits = static_cast<int>(gridDim.y),
             split = static_cast<int>(blockIdx.y);
   const int begin = tiles * split / splits * kRows,
@@ -40,9 +44,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   const std::uint32_t threshold = m.threshold << 16;
   const float keep_scale = m.scale * m.keep;
 
-  std::byte* own = shared + warp * (3 * kFactorBytes + 2 * kStage);
-  std::byte* ring = own + 3 * kFactorBytes;
-  auto* meeting = reinterpret_cast<float4*>(shared + kWarps * (3 * kFactorBytes + 2 * kStage));
+  std::byte* own = shared + warp * 3 * kFactorBytes;
+  std::byte* ring = shared + kRing;
+  auto* meeting = reinterpret_cast<float4*>(shared + kMeeting);
   const std::uint32_t factors = shared_address(own), ring_address = shared_address(ring),
                       own_row = factor_row(lane), own_ranks = rank_row(lane);
   if (there) {
@@ -63,31 +67,54 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
       s3[i] = there && m.up_scale != nullptr ? m.up_scale[col + i] : 1.0F;
     }
 
+  // Four rows a warp, 256 bytes of each together, and an array of all rows' ranks.
+  const int across = 8 * (lane % 16);
+  const std::uint32_t piece =
+      ring_address + static_cast<std::uint32_t>(lane % 16 / 4 * kSide + warp / 2 * kPiece +
+                                                (warp % 2 * 4 + lane / 16) * 64 + 16 * (lane % 4));
   const auto fetch = [&](int stage, int first) {
-    if (there && first < end) {
-      const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * kStage);
-      const std::uint32_t piece = at + static_cast<std::uint32_t>(16 * lane);
+    const auto at = static_cast<std::uint32_t>(stage * kStage);
+    if (block + across < width)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Index row = min(first + g + 8 * h, end - 1);
-        const Number* from = m.gate_up + row * 2 * width + col;
-        fetch16_wide(piece + static_cast<std::uint32_t>(h * kPiece), from);
-        fetch16_wide(piece + static_cast<std::uint32_t>((2 + h) * kPiece), from + width);
-        fetch16_wide(piece + static_cast<std::uint32_t>((4 + h) * kPiece),
-                     m.d_out + row * width + col);
+        const Index row = min(first + 4 * warp + 2 * h + lane / 16, end - 1);
+        const Number* from = m.gate_up + row * 2 * width + block + across;
+        const std::uint32_t to = piece + at + static_cast<std::uint32_t>(128 * h);
+        fetch16_wide(to, from);
+        fetch16_wide(to + 2 * kPiece, from + width);
+        fetch16_wide(to + 4 * kPiece, m.d_out + row * width + block + across);
       }
+    if (warp < 3) {
       // Rows that are not there have no ranks, and so no part in the sums over rows.
       const int row = first + lane / 2, ranks = row < end ? rank : 0;
       const Index safe = min(row, end - 1);
-      const Number* a = m.a + safe * 2 * rank;
-      fetch_ranks<1>(at + kRanks, a, ranks, lane);
-      fetch_ranks<1>(at + kRanks + kPiece, a + rank, ranks, lane);
-      fetch_ranks<1>(at + kRanks + 2 * kPiece, m.q + safe * rank, ranks, lane);
-      if (drops && lane < kRows)
-        fetch16(at + static_cast<std::uint32_t>(kIds + 16 * lane),
-                m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
+      fetch_ranks<1>(ring_address + at + static_cast<std::uint32_t>(kRanks + warp * kPiece),
+                     warp < 2 ? m.a + (safe * 2 + warp) * rank : m.q + safe * rank, ranks, lane);
+    } else if (drops && lane < kRows) {
+      fetch16(ring_address + at + static_cast<std::uint32_t>(kIds + 16 * lane),
+              m.ids + 4 * static_cast<Index>(min(first + lane, end - 1)));
     }
     fetch_commit();
+  };
+  // The warps' columns of the p of a tile, in the order of the warps.
+  const auto leave_p = [&](int stage, int first) {
+    const auto* parts = reinterpret_cast<const float2*>(meeting + stage * kWarps * 4 * kWarp);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int at = static_cast<int>(threadIdx.x) + k * kWarps * kWarp, i = at / (2 * kWarp),
+                from = at % (2 * kWarp) / 2;
+      float2 sum = make_float2(0, 0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = parts[w * 4 * 2 * kWarp + at];
+        sum.x += part.x, sum.y += part.y;
+      }
+      const int row = first + from / 4 + 8 * (at % 2), r = 8 * (i % 2) + 2 * (from % 4);
+      if (row < end && r < rank)
+        *reinterpret_cast<float2*>(
+            out.p + (static_cast<Index>(blockIdx.x) * rows + row) * 2 * rank + i / 2 * rank + r) =
+            sum;
+    }
   };
 
   float b1[2][2][4] = {}, b3[2][2][4] = {}, a2[4][4] = {};
@@ -95,12 +122,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   int stage = 0;
   fetch(0, begin);
   for (int first = begin; first < end; first += kRows) {
-    fetch(stage ^ 1, first + kRows);
-    fetch_wait<1>();
-    __syncwarp();
+    fetch_wait<0>();
+    __syncthreads();  // this stage and the last tile's p are there, the other stage is read
+    if (first + kRows < end) fetch(stage ^ 1, first + kRows);
+    if (first > begin) leave_p(stage ^ 1, first - kRows);
     float p[4][4] = {};  // eight ranks of gate's, eight more, then up's
     if (there) {
-      std::byte* here = ring + stage * kStage;
+      const std::byte* whole = ring + stage * kStage;
+      std::byte* here = ring + stage * kStage + warp * kSide;
       const std::uint32_t ranks =
           ring_address + static_cast<std::uint32_t>(stage * kStage + kRanks) + own_ranks;
       Philox4 bits[2] = {};
@@ -108,7 +137,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           bits[h] =
-              m.bits(*reinterpret_cast<const int4*>(here + kIds + 16 * (g + 8 * h)), 0, col / 8);
+              m.bits(*reinterpret_cast<const int4*>(whole + kIds + 16 * (g + 8 * h)), 0, col / 8);
       const bool live[2] = {first + g < end, first + g + 8 < end};
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
@@ -192,32 +221,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         row[width / 8] = from[2 * kPiece / 16];
       }
     }
-    // The warps' columns of p, in the order of the warps.
     float4* turn = meeting + stage * kWarps * 4 * kWarp;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       turn[(warp * 4 + i) * kWarp + lane] = make_float4(p[i][0], p[i][1], p[i][2], p[i][3]);
-    __syncthreads();
-    const auto* parts = reinterpret_cast<const float2*>(turn);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int at = static_cast<int>(threadIdx.x) + k * kWarps * kWarp, i = at / (2 * kWarp),
-                from = at % (2 * kWarp) / 2;
-      float2 sum = make_float2(0, 0);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 part = parts[w * 4 * 2 * kWarp + at];
-        sum.x += part.x, sum.y += part.y;
-      }
-      const int row = first + from / 4 + 8 * (at % 2), r = 8 * (i % 2) + 2 * (from % 4);
-      if (row < end && r < rank)
-        *reinterpret_cast<float2*>(
-            out.p + (static_cast<Index>(blockIdx.x) * rows + row) * 2 * rank + i / 2 * rank + r) =
-            sum;
-    }
     stage ^= 1;
   }
-  fetch_wait<0>();
+  __syncthreads();
+  if (begin < end) leave_p(stage ^ 1, begin + (end - begin - 1) / kRows * kRows);
   if (!there) return;
 
   const Index place = static_cast<Index>(split) * width;
@@ -293,7 +304,7 @@ __global__ void finish_kernel(const __grid_constant__ TileCall m, const Sums in)
 
 /// Rounds of blocks times what one takes, in tiles of rows and its beginning and end.
 int splits_of(int tiles, int blocks, int together) {
-  constexpr int kAround = 6, kMost = 16;
+  constexpr int kAround = 4, kMost = 16;
   int best = 1, least = 0;
   for (int s = 1; s <= std::min(tiles, kMost); ++s) {
     const int time = ceil_div(blocks * s, together) * (ceil_div(tiles, s) + kAround);
@@ -303,7 +314,7 @@ int splits_of(int tiles, int blocks, int together) {
 }
 
 template <bool Scaled> Fit fit() {
-  return fit_of(reinterpret_cast<const void*>(single_kernel<Scaled>), 0, kWarpBytes);
+  return fit_of(reinterpret_cast<const void*>(single_kernel<Scaled>), 0, kBytes / kWarps);
 }
 Sums sums_of(const TileCall& c, void* room, std::size_t& bytes) {
   const Fit own = has_scales(c) ? fit<true>() : fit<false>();

@@ -6,7 +6,8 @@
 // sums over columns (z, p, d_weight) are left by each block of columns and added here, in order.
 //
 // Traffic of a row: forward 6 F bytes; backward by rows 10 F, by columns 6 F K; the factors of an
-// expert, 6 F R bytes, come from L2 once a tile.
+// expert, 6 F R bytes, come from L2 once a tile,
+// or once for the four tiles of a team.
 #include <algorithm>
 
 #include "kernels/cuda/mixture_tiles.cuh"
@@ -105,9 +106,11 @@ struct OrderRoom {
 int keys_of(int slots, int experts) {
   return slots == 2 ? (experts + 1) * (experts + 1) : experts + 1;
 }
-int most_tiles(Index rows, int experts) {
-  const auto keys = std::min<Index>(rows, keys_of(2, experts));
-  return static_cast<int>(rows / kRows + keys + 1);
+/// Of a call with a choice, of tiles that stand alone or in teams of one pair.
+int most_tiles(const TileCall& c, int slots = 2) {
+  const auto keys = std::min<Index>(c.rows, keys_of(slots, c.experts));
+  const Index team = in_teams(c) ? kTeam : 1;
+  return static_cast<int>((c.rows / (team * kRows) + keys + 1) * team);
 }
 
 /// A2 of every expert by columns, (E, F, R) from (E, R, F): a thread one column of eight ranks.
@@ -135,7 +138,7 @@ __device__ void turn(const Turn& t, int unit) {
 /// last. The blocks behind them turn A2.
 __global__ void __launch_bounds__(kSortThreads)
     order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
-                 int first, int count, int keys, int sorts, Turn down) {
+                 int first, int count, int keys, int align, int sorts, Turn down) {
   extern __shared__ std::int32_t counts[];
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= sorts) {
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kSortThreads)
   } else if (block == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < room.most_tiles * kRows; i += kSortThreads)
       room.order[i] = -1;
-    const int end = counting_sort(room.order, nullptr, counts, rows, keys, kRows, [=](int n) {
+    const int end = counting_sort(room.order, nullptr, counts, rows, keys, align, [=](int n) {
       const int e0 = expert[n * slots + first] + 1;
       if (count == 1) return e0;
       const int e1 = expert[n * slots + first + 1] + 1;
@@ -174,7 +177,7 @@ __device__ inline float4 sum_of(const TileRoom& room, int count, int i, int lane
 
 /// grid (tiles), a warp a slot and eight ranks: z = s sum, zero of a slot without an expert.
 template <int K> __global__ void z_kernel(const TileCall m, const TileRoom room, int chunks) {
-  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
+  if (!has_rows(m, static_cast<int>(blockIdx.x))) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
@@ -195,14 +198,26 @@ template <int K> __global__ void z_kernel(const TileCall m, const TileRoom room,
     }
 }
 
-/// grid (tiles): p (zeroed before) and d_weight.
+/// grid (tiles): p, of experts that a row did not choose zero, and d_weight. The first pass clears
+/// the rows of p.
 template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room, int chunks) {
-  if (m.tiles != nullptr && static_cast<int>(blockIdx.x) >= *m.tiles) return;
+  if (!has_rows(m, static_cast<int>(blockIdx.x))) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int count = K * (4 * chunks + 1), warps = static_cast<int>(blockDim.x) / kWarp;
   const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
   const bool down = m.down_a != nullptr && m.q != nullptr;
+  if (m.p != nullptr && !m.adds) {
+    const int across = 2 * m.experts * m.rank / 8, first = static_cast<int>(blockIdx.x) * kRows;
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * across; i += warps * kWarp) {
+      const int at = first + i / across;
+      const int row = m.order != nullptr ? m.order[at] : at < m.rows ? at : -1;
+      if (row >= 0)
+        reinterpret_cast<uint4*>(m.p)[static_cast<Index>(row) * across + i % across] =
+            make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+  }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int e = tile.expert[k];
@@ -246,7 +261,7 @@ bool aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 ==
 OrderRoom order_room(const TileCall& c, void* room) {
   auto* at = static_cast<std::int32_t*>(room);
   OrderRoom r{};
-  r.most_tiles = most_tiles(c.rows, c.experts);
+  r.most_tiles = most_tiles(c);
   r.order = at;
   r.tiles = at + static_cast<Index>(r.most_tiles) * kRows;
   r.pairs = r.tiles + 1;
@@ -267,7 +282,7 @@ int sums_of(const TileCall& c, int slots) {
 }
 unsigned most_blocks(const TileCall& c) {
   return c.expert == nullptr ? static_cast<unsigned>(ceil_div<Index>(c.rows, kRows))
-                             : static_cast<unsigned>(most_tiles(c.rows, c.experts));
+                             : static_cast<unsigned>(most_tiles(c));
 }
 Cut cut(const TileCall& c, void* room) {
   auto* base = static_cast<std::byte*>(room);
@@ -292,7 +307,7 @@ Cut cut(const TileCall& c, void* room) {
 template <class F>
 TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F&& f) {
   const Cut r = cut(c, memory);
-  TileRoom room{r.down_t, r.sums, 1, false};
+  TileRoom room{r.down_t, r.sums, 1, false, in_teams(c)};
   // Two slots go together where registers admit it and, when they lie apart, where the kernels read
   // each one's d_out.
   const int together =
@@ -316,14 +331,13 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
             "shared memory");
       order_kernel<<<static_cast<unsigned>(sorts + turned), kSortThreads, shared, stream>>>(
           r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys,
-          sorts, down);
+          room.team ? kTeamRows : kRows, sorts, down);
       launched("mixture order");
     }
     if (c.expert != nullptr) {
       c.order = r.order.order, c.tiles = r.order.tiles;
       if (pairs) c.pairs = r.order.pairs, c.pair_begin = r.order.pair_begin;
-      tiles = static_cast<unsigned>(
-          std::min<Index>(r.order.most_tiles, c.rows / kRows + std::min<Index>(c.rows, keys) + 1));
+      tiles = static_cast<unsigned>(most_tiles(c, count));
     }
     f(c, room, tiles, count);
   }

@@ -16,6 +16,7 @@ struct TileRoom {
   float* sums;
   int splits;
   bool apart;  // each warp has a tile of its own
+  bool team;   // and all of a block's have the same experts: in_teams(call)
 
   /// The tile of one of a block's warps.
   __device__ int own_tile(int warp, int warps) const {
@@ -64,6 +65,12 @@ template <int K> struct Tile {
   int expert[K];  // of the whole tile; -1: none
 };
 
+/// Whether a tile has any row; a team's last ones may have none.
+__device__ inline bool has_rows(const TileCall& m, int tile) {
+  if (m.order == nullptr) return tile * kRows < m.rows;
+  return tile < *m.tiles && m.order[tile * kRows] >= 0;
+}
+
 template <int K> __device__ Tile<K> tile_of(const TileCall& m, int index, int g) {
   Tile<K> t;
   const int first = index * kRows;
@@ -94,6 +101,71 @@ template <int K> __device__ Tile<K> tile_of(const TileCall& m, int index, int g)
 #pragma unroll
   for (int k = 0; k < K; ++k) t.expert[k] = __shfl_sync(kAll, own[0][k], 0);
   return t;
+}
+
+/// Whether the warps of a block work as a team: on four tiles of the same experts, 64 columns at a
+/// time, whose factors they fetch once. The order leaves tiles empty for it, half a team's for each
+/// pair of experts, so the pairs must have rows.
+constexpr int kTeam = 4, kTeamColumns = 2 * kColumns, kTeamRows = kTeam * kRows;
+inline int likely_pairs(const TileCall& c) {
+  return c.expert == nullptr ? 1 : c.slots == 2 ? c.experts * (c.experts - 1) / 2 : c.experts;
+}
+inline bool in_teams(const TileCall& c) {
+  constexpr Index kLeast = 1024, kLeastOfPair = 48;
+  return is_whole(c) && chunks_of(c) == 1 && c.width % kTeamColumns == 0 && c.rows >= kLeast &&
+         c.rows >= kLeastOfPair * likely_pairs(c);
+}
+
+/// A team's stage: `Pieces` of every warp for each half of its columns, apart by a few banks, then
+/// the factors and scales of each half.
+template <int Pieces, int K, bool Scaled> struct TeamStage {
+  static constexpr int kHalf = Pieces * kPiece + 64, kOwn = 2 * kHalf;
+  static constexpr int kTile = kFactorBytes, kScales = 3 * K * kTile;
+  static constexpr int kHalfFactors = kScales + (Scaled ? K * kScaleBytes : 0);
+  static constexpr int kFactors = kTeam * kOwn, kBytes = kFactors + 2 * kHalfFactors;
+};
+/// Of lane l: 16 bytes of rows l / 8 + 4 j of a tile, j = 0 .. 3, from column 8 (l % 8) on; where
+/// they go in the first of a stage's pieces (the other rows, 4 j, are team_row(j) on).
+template <class Stage> __device__ std::uint32_t team_place(int lane) {
+  return static_cast<std::uint32_t>(lane % 8 / 4 * Stage::kHalf + 64 * (lane / 8) +
+                                    16 * (lane % 4));
+}
+__device__ constexpr std::uint32_t team_row(int j) {
+  return static_cast<std::uint32_t>(j / 2 * kPiece + j % 2 * 256);
+}
+/// One of a lane's values of rows g and g + 8 for row l / 8 + 4 j.
+__device__ inline int of_team_row(const int (&value)[2], int lane, int j) {
+  return __shfl_sync(kAll, value[j / 2], 4 * (lane / 8 + 4 * (j % 2)));
+}
+/// The factors and scales of each slot's expert, columns f0 .. f0 + 63, into a team's stage; a warp
+/// fetches its part.
+template <class Stage, int K, bool Scaled>
+__device__ void fetch_team(std::uint32_t at, const TileCall& m, const TileRoom& room,
+                           const int (&expert)[K], int f0, int warp, int lane) {
+  const int rank = m.rank, b = lane / 8, a = lane / 2 % 4, half = lane % 2, i = warp % 2;
+  const bool there = 8 * half < rank;
+  const int mine = (kColumns * (warp / 2) + 8 * a + b + 4 * i) * rank + (there ? 8 * half : 0);
+  const std::uint32_t to =
+      at + static_cast<std::uint32_t>(Stage::kFactors + warp / 2 * Stage::kHalfFactors + 512 * i +
+                                      (4 * b + a) * 32 + 16 * (half ^ (b & 1)));
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const int from = (expert[k] * static_cast<int>(m.width) + f0) * rank + mine;
+    const auto place = to + static_cast<std::uint32_t>(3 * k * Stage::kTile);
+    fetch16(place, m.gate_b + from, there);
+    fetch16(place + Stage::kTile, m.up_b + from, there);
+    fetch16(place + 2 * Stage::kTile, room.down_t + from, there);
+  }
+  if constexpr (Scaled)
+    if (warp < 2 * K && lane < 16) {
+      const int k = warp / 2;
+      const float* from = (warp % 2 == 0 ? m.gate_scale : m.up_scale) +
+                          (k == 0 ? expert[0] : expert[K - 1]) * static_cast<int>(m.width) + f0;
+      fetch16(at + static_cast<std::uint32_t>(Stage::kFactors + lane / 8 * Stage::kHalfFactors +
+                                              Stage::kScales + k * kScaleBytes +
+                                              warp % 2 * (kScaleBytes / 2) + 16 * (lane % 8)),
+              from + 4 * lane);
+    }
 }
 
 /// 32 columns of both scales, the first of which is `at`; ones where a scale is absent.
@@ -175,13 +247,37 @@ inline unsigned share(const TileCall& c, TileRoom& room, unsigned tiles, const F
   }
   return room.apart ? ceil_div(tiles, static_cast<unsigned>(fit.warps)) : tiles;
 }
-/// The columns, 32 at a time, of one block of `splits`.
+
+/// A team's kernel: `bytes` of shared memory are the block's.
+inline Fit team_fit(const void* kernel, int bytes) {
+  Fit fit = fit_of(kernel, 0, ceil_div(bytes, kTeam));
+  if (fit.warps != kTeam) throw std::logic_error("mixture: a team's stages do not fit a block");
+  return fit;
+}
+/// The blocks of teams: share() of them, of 64 columns at a time.
+inline unsigned share_team(const TileCall& c, TileRoom& room, unsigned tiles, const Fit& fit) {
+  constexpr int kBeginning = 2;
+  const int chunks = static_cast<int>(c.width / kTeamColumns), pairs = likely_pairs(c);
+  const int likely = pairs * static_cast<int>(ceil_div<Index>(c.rows, Index{kTeamRows} * pairs));
+  const int most =
+      std::max(1, std::min({kMostSplits, chunks, 2 * kMostBlocks / static_cast<int>(tiles)}));
+  int least = 0;
+  for (int s = 1; s <= most; ++s) {
+    const int time = ceil_div(likely * s, fit.together) * (ceil_div(chunks, s) + kBeginning);
+    if (s == 1 || time < least) room.splits = s, least = time;
+  }
+  room.apart = true;
+  return ceil_div(tiles, static_cast<unsigned>(kTeam));
+}
+
+/// The columns, `together` at a time, of one block of `splits`.
 struct ColumnRange {
   int begin, end;
 };
-__device__ inline ColumnRange columns_of(int width, int split, int splits) {
-  const int n = width / kColumns;
-  return {n * split / splits * kColumns, n * (split + 1) / splits * kColumns};
+__device__ inline ColumnRange columns_of(int width, int split, int splits,
+                                         int together = kColumns) {
+  const int n = width / together;
+  return {n * split / splits * together, n * (split + 1) / splits * together};
 }
 
 /// Calls f(C, K, Scaled, Factors, Whole) with the compiled variant for a call of `slots` slots.
