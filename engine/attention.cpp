@@ -9,12 +9,8 @@
 namespace mixlora {
 namespace {
 
-struct Span {
-  std::int64_t begin, end;
-};
-std::array<Span, 3> qkv_spans(const ModelConfig& c) {
-  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  return {{{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
+ConstTensor part(ConstTensor flat, Span s) {
+  return flat.col_range(s.begin, s.end).reshaped({s.end - s.begin});
 }
 std::int64_t rank_of(const Parameter& a) { return a.present() ? a.shape[0] : 0; }
 std::int64_t qkv_rank(const AdapterLayer& l) {
@@ -66,28 +62,6 @@ Tensor writable(ConstTensor t) {
 
 }  // namespace
 
-bool Transformer::scales_qkv(const Step& step, std::size_t i) {
-  return std::any_of(step.groups.begin(), step.groups.end(),
-                     [i](const Group& g) { return scaled_qkv(g, i); });
-}
-
-/// q, k, v as attention reads them. With DoRA the kept rows are before scale and rope.
-Tensor Transformer::scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k) {
-  if (!scales_qkv(step, i)) return k.qkv;
-  const ModelConfig& c = model_.config;
-  const Tensor y = scratch_.take({step.rows, c.qkv_width()}, k.qkv.dtype);
-  for (const Group& g : step.groups) {
-    const Tensor to = y.row_range(g.begin, g.end);
-    const ConstTensor from = k.qkv.row_range(g.begin, g.end);
-    if (scaled_qkv(g, i))
-      ops_.scale_rope(to, from, g.adapter->scales[i].qkv, model_.rope, ids(step, g),
-                      c.attention_heads());
-    else
-      ops_.rope(to, from, model_.rope, ids(step, g), c.attention_heads(), false);
-  }
-  return y;
-}
-
 void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& k,
                                     ConstTensor normed, Tensor delta) {
   const trace::Range range(ops_, "attention");
@@ -102,7 +76,6 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
   k.lse = kept_.take({n, c.heads}, DType::f32);
   ops_.linear(k.qkv, normed, w.qkv);
 
-  const bool scaled = scales_qkv(step, i);
   std::vector<std::array<LowRank, 3>> updates(step.groups.size());  // for rope to add
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
@@ -119,51 +92,35 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
         through_a(step, g, i, site_qkv, p_drop, a.col_range(from, to), x, l.qkv_a.at(p).compute, s);
       });
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
-      const LowRank update{a.col_range(from, to), l.qkv_b.at(p).compute};
-      if (!scaled) {
-        updates[j].at(p) = update;
-        return;
-      }
-      const Tensor y =
-          k.qkv.row_range(g.begin, g.end).col_range(spans.at(p).begin, spans.at(p).end);
-      ops_.gemm(y, update.a, false, update.b, true, 1, 1);
+      updates[j].at(p) = {a.col_range(from, to), l.qkv_b.at(p).compute, {}};
+      if (l.qkv_m.at(p).present())
+        updates[j].at(p).scale = part(g.adapter->scales[i].qkv, spans.at(p));
     });
   }
 
-  const Scratch::Frame frame(scratch_);
-  const Tensor qkv = scaled_and_roped(step, i, k);
-  for (std::size_t j = 0; !scaled && j < step.groups.size(); ++j) {
+  for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    ops_.lora_rope(qkv.row_range(g.begin, g.end), updates[j], model_.rope, ids(step, g),
+    ops_.lora_rope(k.qkv.row_range(g.begin, g.end), updates[j], model_.rope, ids(step, g),
                    c.attention_heads());
   }
-  ops_.attention(k.o, k.lse, qkv, step.sequences, c.attention_heads());
+  ops_.attention(k.o, k.lse, k.qkv, step.sequences, c.attention_heads());
 
-  // With DoRA the rows before its scale are kept: made there, scaled on their way to delta.
+  // With DoRA the rows before its scale are kept: made there, scaled on their way into the sum.
   const bool apart = any_scaled_o(step, i);
   const Tensor core = apart ? kept_.take({n, c.hidden}, type) : delta;
   ops_.linear(core, k.o, w.o);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
+    if (apart) pending_[j].core = core.row_range(g.begin, g.end);
     if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
     const AdapterLayer& l = g.adapter->layout.layers[i];
     Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
     through_a(step, g, i, site_o, g.adapter->attention_p, a, k.o.row_range(g.begin, g.end),
               l.o_a.compute, g.adapter->attention_scale);
-    if (apart)
-      ops_.gemm(core.row_range(g.begin, g.end), a, false, l.o_b.compute, true, 1, 1);
-    else
-      pending_[j] = {a, l.o_b.compute};
-  }
-  for (std::size_t j = 0; apart && j < step.groups.size(); ++j) {
-    const Group& g = step.groups[j];
-    const Tensor to = delta.row_range(g.begin, g.end), from = core.row_range(g.begin, g.end);
-    if (scaled_o(g, i)) {
-      k.groups[j].core_o = from;
-      ops_.scale_columns(to, from, g.adapter->scales[i].o);
-    } else {
-      ops_.copy(to, from);
-    }
+    pending_[j].update = {a, l.o_b.compute, {}};
+    if (!scaled_o(g, i)) continue;
+    pending_[j].update.scale = g.adapter->scales[i].o;
+    k.groups[j].core_o = pending_[j].core;
   }
 }
 
@@ -189,9 +146,7 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
         continue;
       }
       const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
-      ops_.zero(d_s.o);
       ops_.scale_columns_backward(to, d_s.o, from, k.groups[j].core_o, s.o);
-      ops_.dora_magnitude_backward(g.adapter->layout.layers[i].o_m.grad, d_s.o, s.o_inverse);
     }
   }
   const Tensor d_o = scratch_.take({n, c.heads * c.head_dim}, type);
@@ -211,12 +166,8 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   }
 
   const Tensor d_qkv = scratch_.take({n, c.qkv_width()}, type);
-  {
-    const Scratch::Frame inner(scratch_);
-    const Tensor qkv = scaled_and_roped(step, i, k);
-    ops_.attention_rope_backward(d_qkv, d_o, qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
-                                 c.attention_heads());
-  }
+  ops_.attention_rope_backward(d_qkv, d_o, k.qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
+                               c.attention_heads());
 
   const Tensor d_normed = scratch_.take({n, c.hidden}, type),
                normed = scratch_.take({n, c.hidden}, type);
@@ -224,19 +175,10 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   const bool needs_input = i > 0;
   for (const Group& g : step.groups) {
     if (!scaled_qkv(g, i)) continue;
-    const AdapterLayer& l = g.adapter->layout.layers[i];
     const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
     const Tensor d = d_qkv.row_range(g.begin, g.end);
-    ops_.zero(d_s.qkv);
-    ops_.scale_columns_backward(d, d_s.qkv, d, k.qkv.row_range(g.begin, g.end), s.qkv);
-    for (std::size_t p = 0; p < 3; ++p) {
-      if (!l.qkv_m.at(p).present()) continue;
-      const auto part = [&](Tensor t) {
-        return t.col_range(spans.at(p).begin, spans.at(p).end)
-            .reshaped({spans.at(p).end - spans.at(p).begin});
-      };
-      ops_.dora_magnitude_backward(l.qkv_m.at(p).grad, part(d_s.qkv), part(s.qkv_inverse));
-    }
+    ops_.scale_rope_backward(d, d_s.qkv, d, k.qkv.row_range(g.begin, g.end), s.qkv, model_.rope,
+                             ids(step, g), c.attention_heads());
   }
   if (needs_input) ops_.linear_backward(d_normed, d_qkv, w.qkv, false);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {

@@ -14,6 +14,10 @@ namespace {
 bool all_qkv(const AdapterLayer& l) {
   return std::all_of(l.qkv_m.begin(), l.qkv_m.end(), [](const auto& m) { return m.present(); });
 }
+/// Numbers [begin, end) of a flat tensor.
+template <class T> T cut(T t, Span s) {
+  return t.col_range(s.begin, s.end).reshaped({s.end - s.begin});
+}
 /// Declares (scale, inverse) pairs beside every present magnitude; those of q, k, v as one.
 void declare_scales(Arena& arena, const ModelConfig& c, const AdapterLayer& l, DoraScales& s,
                     bool inverses) {
@@ -34,12 +38,18 @@ void declare_scales(Arena& arena, const ModelConfig& c, const AdapterLayer& l, D
 
 }  // namespace
 
+std::array<Span, 3> qkv_spans(const ModelConfig& c) {
+  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  return {{{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
+}
+
 DeviceAdapter::DeviceAdapter(Backend& ops, const ModelConfig& model, const AdapterSpec& adapter,
                              std::uint64_t trial_seed, Update update)
     : spec(adapter),
       seed(trial_seed),
       layout(model, adapter),
       router(router_of(adapter)),
+      qkv_spans_(qkv_spans(model)),
       arena_("trainable"),
       update_(update) {
   const bool trainable = update != Update::none, by_layer = update == Update::by_layer;
@@ -119,7 +129,28 @@ void DeviceAdapter::update(Backend& ops, std::int64_t begin, std::int64_t count,
     ops.sgd(w, half, g, m, numbers, norm_squared);
 }
 
+void DeviceAdapter::finish_magnitudes(Backend& ops, std::size_t i) {
+  if (scales.empty()) return;
+  const AdapterLayer& l = layout.layers[i];
+  const DoraScales& s = scales[i];
+  std::vector<DoraMagnitude> all;
+  const auto one = [&](const Parameter& m, Tensor d_scale, ConstTensor inverse) {
+    if (m.present()) all.push_back({m.grad, d_scale, inverse});
+  };
+  for (std::size_t p = 0; p < 3; ++p) {
+    if (!l.qkv_m.at(p).present()) continue;
+    const Span span = qkv_spans_.at(p);
+    one(l.qkv_m.at(p), cut(d_scales.qkv, span), cut(s.qkv_inverse, span));
+  }
+  one(l.o_m, d_scales.o, s.o_inverse);
+  one(l.gate_m, d_scales.gate, s.gate_inverse);
+  one(l.up_m, d_scales.up, s.up_inverse);
+  one(l.down_m, d_scales.down, s.down_inverse);
+  ops.dora_magnitudes_backward(all);
+}
+
 void DeviceAdapter::finish_layer(Backend& ops, std::size_t i) {
+  finish_magnitudes(ops, i);
   if (update_ != Update::by_layer || layout.elements == 0) return;
   const trace::Range range(ops, "optimizer");
   const auto at = static_cast<std::int64_t>(i);
@@ -144,13 +175,7 @@ void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& sc
   stale_ = false;
   const trace::Range range(ops, "dora_scales");
   const ModelConfig& c = model.config;
-  const std::int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  const std::array<std::pair<std::int64_t, std::int64_t>, 3> spans{
-      {{0, q}, {q, q + kv}, {q + kv, q + 2 * kv}}};
   const DType type = ops.activation_type();
-  const auto cut = [](auto t, std::int64_t begin, std::int64_t end) {
-    return t.col_range(begin, end).reshaped({end - begin});
-  };
   for (std::size_t i = 0; i < scales.size(); ++i) {
     const LayerWeights& w = model.layers[i];
     AdapterLayer& l = layout.layers[i];
@@ -192,10 +217,10 @@ void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& sc
     if (!as.empty())
       each_product(as, w.qkv, [&](std::size_t k, ConstTensor wa) {
         const std::size_t p = which[k];
-        const auto [begin, end] = spans.at(p);
-        calls.push_back({cut(s.qkv, begin, end), cut(s.qkv_inverse, begin, end),
-                         l.qkv_m.at(p).value, cut(w.qkv_squared, begin, end), as[k],
-                         wa.col_range(begin, end), l.qkv_b.at(p).compute, attention_scale});
+        const Span own = qkv_spans_.at(p);
+        calls.push_back({cut(s.qkv, own), cut(s.qkv_inverse, own), l.qkv_m.at(p).value,
+                         cut(w.qkv_squared, own), as[k], wa.col_range(own.begin, own.end),
+                         l.qkv_b.at(p).compute, attention_scale});
       });
     if (l.o_m.present()) {
       const ConstTensor a = l.o_a.compute;
@@ -225,7 +250,7 @@ void DeviceAdapter::refresh_scales(Backend& ops, const Model& model, Scratch& sc
         const bool up = which[k] == 1;
         const std::int64_t begin = up ? c.ffn : 0;
         by_expert(up ? s.up : s.gate, up ? s.up_inverse : s.gate_inverse, up ? l.up_m : l.gate_m,
-                  cut(ConstTensor(w.gate_up_squared), begin, begin + c.ffn), as[k],
+                  cut(ConstTensor(w.gate_up_squared), {begin, begin + c.ffn}), as[k],
                   wa.col_range(begin, begin + c.ffn), [&](std::int64_t e) {
                     return ConstTensor((up ? l.up_b : l.gate_b).compute.at(e));
                   });

@@ -12,6 +12,12 @@
 
 namespace mixlora {
 
+/// Columns [begin, end) of the joint rows q | k | v.
+struct Span {
+  std::int64_t begin, end;
+};
+std::array<Span, 3> qkv_spans(const ModelConfig& c);
+
 /// DoRA's column scales c = m / n and 1 / n of one block; absent where there is no magnitude.
 struct DoraScales {
   Tensor qkv, qkv_inverse;                    // (q | k | v) f32; 1 where one has no magnitude
@@ -41,7 +47,8 @@ class DeviceAdapter {
   void refresh_scales(Backend& ops, const Model& model, Scratch& scratch);
   /// Before a step's first pass: no gradients yet, and by what numbers they will be used.
   void begin_step(Backend& ops, Optim optim, StepNumbers slow, StepNumbers fast);
-  /// Behind layer i's backward: updates it when that is this adapter's way.
+  /// Behind layer i's backward: its magnitudes' gradients, from its scales'; updates it when that
+  /// is this adapter's way.
   void finish_layer(Backend& ops, std::size_t i);
   /// Behind the step's last pass: updates what is not updated yet; `norm_squared` is then complete.
   void finish_step(Backend& ops);
@@ -56,7 +63,7 @@ class DeviceAdapter {
   Tensor grads;                              // flat; of one layer when updated by layer
   Tensor norm_squared;                       // (1) f32
   std::vector<DoraScales> scales;            // one a layer; empty without DoRA
-  DoraScales d_scales;                       // gradients of one layer's scales
+  DoraScales d_scales;                       // gradients of one layer's scales; 0 between layers
   Tensor stats, fraction, aux;               // (L, 2E+2), (L, E), (2): router statistics of a step
   bool per_slot = false;                     // DoRA on down_proj: the experts' outputs stay apart
   std::size_t bytes() const { return arena_.bytes(); }
@@ -66,6 +73,10 @@ class DeviceAdapter {
   void update(Backend& ops, std::int64_t begin, std::int64_t count, std::int64_t grad_begin,
               StepNumbers numbers);
 
+  /// d_scales, of layer i, to its magnitudes' gradients.
+  void finish_magnitudes(Backend& ops, std::size_t i);
+
+  std::array<Span, 3> qkv_spans_;
   Arena arena_;
   Update update_;
   Optim optim_ = Optim::adamw;

@@ -20,6 +20,9 @@ Tensor stacked(Tensor gate, Tensor up) {
   return gate;
 }
 
+/// Every row's only slot, of weight 1.
+bool one_expert(const Slots& s) { return !s.expert && s.experts == 1; }
+
 Tensor flat_row(Tensor t, std::size_t i) {
   const auto at = static_cast<std::int64_t>(i);
   return t.row_range(at, at + 1).reshaped({t.cols()});
@@ -52,7 +55,7 @@ Mixture Transformer::mixture_of(const Step& step, std::size_t i, const Group& g,
 
 /// z as B2 of all experts takes it, (rows, E R): z itself where there is one expert and no choice.
 Tensor Transformer::by_expert(const GroupKept& gk, std::int64_t rows, bool per_slot) {
-  if (!gk.slots.expert && gk.slots.experts == 1) return gk.z;
+  if (one_expert(gk.slots)) return gk.z;
   const Tensor columns = scratch_.take({rows, gk.slots.experts * gk.slots.rank}, gk.z.dtype);
   ops_.slots_to_columns(columns, gk.z, gk.slots, per_slot);
   return columns;
@@ -130,20 +133,24 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
 
   const bool input_overflows = ad.router.capacity > 0 && ad.router.overflow == Overflow::input;
   const float p = rate(step, static_cast<float>(ad.spec.ffn_dropout));
-  const Tensor columns = gk.z ? by_expert(gk, m, ad.per_slot) : Tensor();
+  // What the sum with the residual stream adds must be there then, and nothing change in between.
+  const bool later = gk.z && one_expert(gk.slots) && !input_overflows && p == 0;
   if (ad.per_slot) {
     gk.core_down = kept_.take({ad.slots, n, c.hidden}, type);
     const Tensor core = gk.core_down.reshaped({m, c.hidden});
+    const ConstTensor scale = ad.scales[i].down, b = l.down_b.compute;
     ops_.linear(core, h.reshaped({m, c.ffn}), model_.layers[i].down);
-    ops_.gemm(core, columns, false, l.down_b.compute, true, 1, 1);
-    ops_.slot_combine(delta, gk.core_down, ad.scales[i].down, gk.slots);
+    if (later)
+      pending_[j] = {{gk.z, b, flat_row(ad.scales[i].down, 0)}, core};
+    else
+      ops_.lora_slot_combine(delta, gk.core_down, gk.z, b, scale, gk.slots,
+                             scratch_.take({m, width}, type));
   } else {
     ops_.linear(delta, h, model_.layers[i].down);
-    // What the sum with the residual stream adds must be there then, and nothing change in between.
-    if (gk.z && columns.data == gk.z.data && !input_overflows && p == 0)
-      pending_[j] = {columns, l.down_b.compute};
+    if (later)
+      pending_[j].update = {gk.z, l.down_b.compute, {}};
     else if (gk.z)
-      ops_.gemm(delta, columns, false, l.down_b.compute, true, 1, 1);
+      ops_.gemm(delta, by_expert(gk, m, false), false, l.down_b.compute, true, 1, 1);
   }
   if (input_overflows) ops_.overflow_input(delta, normed, gk.slots);
   if (p > 0) ops_.dropout(delta, delta, dropout_of(g, i, site_ffn_output, p), ids(step, g));
@@ -231,13 +238,15 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     ConstTensor d_core = d_y;
     if (ad.per_slot) {
       const Tensor slots_d = scratch_.take({ad.slots, g.rows(), c.hidden}, type);
-      ops_.zero(ad.d_scales.down);
-      Tensor d_w = d_weights[j];
-      if (!d_w) d_w = scratch_.take({g.rows(), ad.slots}, DType::f32);
-      ops_.slot_combine_backward(slots_d, d_w, ad.d_scales.down, d_y, gk.core_down,
-                                 ad.scales[i].down, gk.slots);
-      ops_.dora_magnitude_backward(l.down_m.grad, ad.d_scales.down, ad.scales[i].down_inverse);
-      d_core = slots_d.reshaped({rows, c.hidden});
+      const Tensor own = slots_d.reshaped({rows, c.hidden});
+      if (one_expert(gk.slots))
+        ops_.scale_columns_backward(own, flat_row(ad.d_scales.down, 0), d_y,
+                                    gk.core_down.reshaped({rows, c.hidden}),
+                                    flat_row(ad.scales[i].down, 0));
+      else
+        ops_.slot_combine_backward(slots_d, d_weights[j], ad.d_scales.down, d_y, gk.core_down,
+                                   ad.scales[i].down, gk.slots);
+      d_core = own;
     }
     const Tensor d_h = scratch_.take(
         ad.per_slot ? Shape{ad.slots, g.rows(), c.ffn} : Shape{g.rows(), c.ffn}, type);
@@ -250,17 +259,11 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
       ops_.lora_b_backward({&b, 1}, 1);
     }
     const bool scaled = l.gate_m.present() || l.up_m.present();
-    if (l.gate_m.present()) ops_.zero(ad.d_scales.gate);
-    if (l.up_m.present()) ops_.zero(ad.d_scales.up);
     const MixtureGrads grads{l.gate_b.grad, l.up_b.grad, l.down_a.grad,
                              scaled ? ad.d_scales.gate : Tensor(),
                              scaled ? ad.d_scales.up : Tensor()};
     ops_.mixture_backward(d_part, ad.per_slot ? Tensor() : d_weights[j], ps[j], grads, d_h, q, gk.z,
                           m);
-    if (l.gate_m.present())
-      ops_.dora_magnitude_backward(l.gate_m.grad, ad.d_scales.gate, ad.scales[i].gate_inverse);
-    if (l.up_m.present())
-      ops_.dora_magnitude_backward(l.up_m.grad, ad.d_scales.up, ad.scales[i].up_inverse);
     if (d_overflow[j] && d_weights[j]) ops_.add(d_weights[j], d_weight_over);
   }
 

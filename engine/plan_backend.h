@@ -61,10 +61,12 @@ class PlanBackend final : public Backend {
   void jitter(Tensor, ConstTensor, float, std::uint64_t, std::int32_t, RowIds) override {}
   void dora_scale(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor,
                   float) override {}
-  void dora_magnitude_backward(Tensor, ConstTensor, ConstTensor) override {}
+  void dora_magnitudes_backward(std::span<const DoraMagnitude>) override {}
   void scale_columns(Tensor, ConstTensor, ConstTensor) override {}
   void scale_columns_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor) override {}
   void rope(Tensor, ConstTensor, ConstTensor, RowIds, Heads, bool) override {}
+  void scale_rope_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor,
+                           RowIds, Heads) override {}
   void attention(Tensor, Tensor, ConstTensor, const Sequences&, Heads) override {}
   void attention_backward(Tensor, ConstTensor, ConstTensor, ConstTensor, ConstTensor,
                           const Sequences&, Heads) override {}
@@ -79,6 +81,8 @@ class PlanBackend final : public Backend {
                         ConstTensor, const Mixture&) override {}
   void slots_to_columns(Tensor, ConstTensor, const Slots&, bool) override {}
   void slot_combine(Tensor, ConstTensor, ConstTensor, const Slots&) override {}
+  void lora_slot_combine(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Slots&,
+                         Tensor) override {}
   void slot_combine_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                              const Slots&) override {}
   void overflow_input(Tensor, ConstTensor, const Slots&) override {}

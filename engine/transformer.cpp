@@ -59,7 +59,8 @@ void Transformer::through_a_and_norm_backward(const Step& step, const Group& g, 
 void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,
                                Tensor delta, ConstTensor w) {
   const auto eps = static_cast<float>(model_.config.rms_eps);
-  if (std::none_of(pending_.begin(), pending_.end(), [](const LowRank& u) { return bool(u.a); })) {
+  if (std::none_of(pending_.begin(), pending_.end(),
+                   [](const Pending& p) { return p.update.a || p.core; })) {
     ops_.add_rmsnorm(sum, normed, r, x, delta, w, eps);
     return;
   }
@@ -67,7 +68,8 @@ void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tens
     const Group& g = step.groups[j];
     const auto rows = [&g](auto t) { return t.row_range(g.begin, g.end); };
     ops_.add_lora_rmsnorm(rows(sum), rows(normed), r.col_range(g.begin, g.end).reshaped({g.rows()}),
-                          rows(x), rows(delta), pending_[j], w, eps);
+                          rows(x), pending_[j].core ? pending_[j].core : rows(delta),
+                          pending_[j].update, w, eps);
     pending_[j] = {};
   }
 }
@@ -143,6 +145,11 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
       const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
       ops_.rmsnorm_again(normed, k.x, model_.layers[i].input_norm, k.r1);
       layer_forward(step, i, k, normed, delta, true);
+      // Rows that DoRA keeps before their scale: completed as in forward, to the bit.
+      if (std::any_of(pending_.begin(), pending_.end(),
+                      [](const Pending& p) { return bool(p.core); }))
+        add_and_norm(step, delta, normed, scratch_.take({n}, DType::f32), k.x2, delta,
+                     model_.final_norm);
     }
     feed_forward_backward(step, i, k, d_x);
     attention_backward(step, i, k, d_x);

@@ -42,9 +42,8 @@ struct GroupKept {
   Tensor core_down;  // (K, n, D) before DoRA's scale
 };
 struct LayerKept {
-  Tensor x, r1;  // (N, D) input of the layer; (N) f32 its 1/rms
-  Tensor qkv;  // (N, (H + 2 Hkv) head_dim): roped, or before scale and rope when any group has DoRA
-               // here
+  Tensor x, r1;    // (N, D) input of the layer; (N) f32 its 1/rms
+  Tensor qkv;      // (N, (H + 2 Hkv) head_dim), scaled and roped
   Tensor o, lse;   // (N, H head_dim); (N, H) f32
   Tensor x2, r2;   // (N, D) after attention; (N) f32
   Tensor gate_up;  // (N, 2F)
@@ -70,8 +69,6 @@ class Transformer {
   void attention_forward(const Step& step, std::size_t i, LayerKept& k, ConstTensor normed,
                          Tensor delta);
   void attention_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
-  static bool scales_qkv(const Step& step, std::size_t i);  // some group has DoRA on q, k or v
-  Tensor scaled_and_roped(const Step& step, std::size_t i, const LayerKept& k);
   void feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed, Tensor delta,
                     bool again);
   void group_feed_forward(const Step& step, std::size_t i, std::size_t j, GroupKept& gk,
@@ -112,7 +109,12 @@ class Transformer {
   Scratch& scratch_;
   Recompute recompute_;
   std::vector<LayerKept> layers_;
-  std::vector<LowRank> pending_;  // by group: what delta still lacks, added where it is read
+  /// What a group's delta still lacks, added where it is read; `core`: its rows, elsewhere.
+  struct Pending {
+    LowRank update;
+    Tensor core;
+  };
+  std::vector<Pending> pending_;  // by group
 };
 
 }  // namespace mixlora

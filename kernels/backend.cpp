@@ -52,6 +52,10 @@ void Backend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, C
 void Backend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                const LowRank& update, ConstTensor w, float eps) {
   if (update.a) gemm(delta, update.a, false, update.b, true, 1, 1);
+  if (update.a && update.scale) {
+    scale_columns(y, delta, update.scale);
+    delta = y;
+  }
   add_rmsnorm(sum, y, r, x, delta, w, eps);
 }
 
@@ -60,10 +64,19 @@ void Backend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTe
   std::int64_t at = 0;
   for (const LowRank& u : updates) {
     const std::int64_t width = (at == 0 ? heads.heads : heads.kv_heads) * heads.head_dim;
-    if (u.a) gemm(y.col_range(at, at + width), u.a, false, u.b, true, 1, 1);
+    const Tensor own = y.col_range(at, at + width);
+    if (u.a) gemm(own, u.a, false, u.b, true, 1, 1);
+    if (u.a && u.scale) scale_columns(own, own, u.scale);
     at += width;
   }
   rope(y, y, table, ids, heads, false);
+}
+
+void Backend::lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b,
+                                ConstTensor scale, const Slots& slots, Tensor room) {
+  slots_to_columns(room, z, slots, true);
+  gemm(core.reshaped({room.rows(), core.cols()}), room, false, b, true, 1, 1);
+  slot_combine(y, core, scale, slots);
 }
 
 }  // namespace mixlora

@@ -43,6 +43,9 @@ struct Sequences {
   std::int64_t max_prefix = 0;  // longest prefix; 0 when no sequence has one
 };
 
+/// The least size of a scale that dora_scale gives.
+inline constexpr float kLeastScale = 1e-20F;
+
 /// One call of dora_scale.
 struct DoraScale {
   Tensor scale, inverse_norm;
@@ -50,9 +53,16 @@ struct DoraScale {
   float s = 1;
 };
 
-/// What a low-rank update adds to y: a B^T. Absent when `a` is.
+/// DoRA's gradients by column: of a scale m / n, and of its magnitude.
+struct DoraMagnitude {
+  Tensor d_m, d_scale;
+  ConstTensor inverse_norm;
+};
+
+/// What a low-rank update makes of y: scale (y + a B^T), by column. Absent when `a` is.
 struct LowRank {
-  ConstTensor a, b;  // (N, R), (O, R)
+  ConstTensor a, b;   // (N, R), (O, R)
+  ConstTensor scale;  // (O) f32: DoRA's m / n; absent = 1
 };
 /// One call of lora_b_backward.
 struct LowRankBackward {
@@ -219,7 +229,7 @@ class Backend {
                                 ConstTensor r) = 0;
   /// rmsnorm's y once more, to the bit, from the r it left.
   virtual void rmsnorm_again(Tensor y, ConstTensor x, ConstTensor w, ConstTensor r) = 0;
-  /// sum = x + delta, then y = rmsnorm(sum). `sum` may be `x`.
+  /// sum = x + delta, then y = rmsnorm(sum). `sum` may be `x`, `y` may be `delta`.
   virtual void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta,
                            ConstTensor w, float eps) = 0;
 
@@ -257,10 +267,11 @@ class Backend {
   virtual void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                                       ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                                       ConstTensor wg, const Dropout& d, RowIds ids, Tensor room);
-  /// add_rmsnorm of x and delta + a B^T. `delta` is overwritten.
+  /// add_rmsnorm of x and scale (delta + a B^T). `delta` is overwritten: where there is a scale, by
+  /// delta + a B^T.
   virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                 const LowRank& update, ConstTensor w, float eps);
-  /// y = rope(y + a B^T), in place: an update each for the columns of q, of k and of v.
+  /// y = rope(scale (y + a B^T)), in place: an update each for the columns of q, of k and of v.
   virtual void lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTensor table,
                          RowIds ids, Heads heads);
 
@@ -269,7 +280,8 @@ class Backend {
   ///                                            [Liu et al. 2024, eq. 5; factored: methods.md
   ///                                            section 1]
   /// scale, inverse_norm, m (O) f32  w_squared (O) f32  a (R, I)  wa (R, O) = A W^T  b (O, R), s =
-  /// alpha / r
+  /// alpha / r. A scale nearer to 0 than kLeastScale is that, of m's sign: rows and gradients do
+  /// not see it, and what was scaled by it can be had back.
   virtual void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,
                           ConstTensor a, ConstTensor wa, ConstTensor b, float s) = 0;
   /// Several at once, of one type: few launches where those count.
@@ -277,9 +289,9 @@ class Backend {
     for (const DoraScale& x : all)
       dora_scale(x.scale, x.inverse_norm, x.m, x.w_squared, x.a, x.wa, x.b, x.s);
   }
-  /// d_m += d_scale * inverse_norm: n is a constant of the step.  all f32, same numel
-  virtual void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale,
-                                       ConstTensor inverse_norm) = 0;
+  /// d_m += d_scale * inverse_norm, as n is a constant of the step; then d_scale = 0. Of each: f32,
+  /// same numel.
+  virtual void dora_magnitudes_backward(std::span<const DoraMagnitude> all) = 0;
   /// y = scale * core by column; y may be core.  y, core (N, O)  scale (O) f32
   virtual void scale_columns(Tensor y, ConstTensor core, ConstTensor scale) = 0;
   /// d_core = scale * d_y (may be d_y); d_scale[o] += sum_n d_y core.
@@ -300,6 +312,11 @@ class Backend {
     scale_columns(y, x, scale);
     rope(y, y, table, ids, heads, false);
   }
+  /// Backward of y = rope(scale * core) from the gradient of scale * core, and y itself:
+  /// d_core = scale * d_y (may be d_y); d_scale[o] += sum_n d_y core, no scale being 0.
+  virtual void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                                   ConstTensor scale, ConstTensor table, RowIds ids,
+                                   Heads heads) = 0;
   /// o = softmax(q k^T / sqrt(D)) v, causal within a sequence, its prefix seen by all its rows.
   /// qkv (N, (H + 2 Hkv) D)  o (N, H D)  lse (N, H) f32 = log of the softmax's denominator
   virtual void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s,
@@ -364,6 +381,10 @@ class Backend {
                                 bool per_slot) = 0;
   /// y (N, D) = sum_k w_k scale_e core_k.  core (K, N, D)  scale (E, D) f32 (1 for e = -1)
   virtual void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) = 0;
+  /// core_k += z_k B_e^T (nothing for e = -1), then slot_combine.  z (N, K R)  b (D, E R)  room
+  /// (K N, E R) of their type, overwritten
+  virtual void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b,
+                                 ConstTensor scale, const Slots& slots, Tensor room);
   /// d_core (K, N, D) = w_k scale_e d_y; d_weight (N, K) = sum_j d_y scale_e core_k; d_scale (E, D)
   /// += sum d_y w_k core_k
   virtual void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale,

@@ -189,9 +189,8 @@ class TimedBackend final : public Backend {
   void dora_scales(std::span<const DoraScale> all) override {
     timed(Family::dora, "dora_scales", [&] { inner_.dora_scales(all); });
   }
-  void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override {
-    timed(Family::dora, "dora_magnitude_backward",
-          [&] { inner_.dora_magnitude_backward(d_m, d_scale, inverse_norm); });
+  void dora_magnitudes_backward(std::span<const DoraMagnitude> all) override {
+    timed(Family::dora, "dora_magnitudes_backward", [&] { inner_.dora_magnitudes_backward(all); });
   }
   void scale_columns(Tensor y, ConstTensor core, ConstTensor scale) override {
     timed(Family::dora, "scale_columns", [&] { inner_.scale_columns(y, core, scale); });
@@ -209,6 +208,11 @@ class TimedBackend final : public Backend {
                   Heads heads) override {
     timed(Family::attention, "scale_rope",
           [&] { inner_.scale_rope(y, x, scale, table, ids, heads); });
+  }
+  void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                           ConstTensor scale, ConstTensor table, RowIds ids, Heads heads) override {
+    timed(Family::dora, "scale_rope_backward",
+          [&] { inner_.scale_rope_backward(d_core, d_scale, d_y, y, scale, table, ids, heads); });
   }
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override {
     timed(Family::attention, "attention", [&] { inner_.attention(o, lse, qkv, s, heads); });
@@ -263,6 +267,11 @@ class TimedBackend final : public Backend {
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override {
     timed(Family::mixture, "slots_to_columns",
           [&] { inner_.slots_to_columns(columns, z, slots, per_slot); });
+  }
+  void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                         const Slots& slots, Tensor room) override {
+    timed(Family::factors, "lora_slot_combine",
+          [&] { inner_.lora_slot_combine(y, core, z, b, scale, slots, room); });
   }
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override {
     timed(Family::dora, "slot_combine", [&] { inner_.slot_combine(y, core, scale, slots); });

@@ -136,6 +136,26 @@ OpCase scale_rope(const Layout& l) {
           }};
 }
 
+OpCase scale_rope_backward(const Layout& l) {
+  const Index n = l.rows(), d = l.heads.head_dim;
+  return {"scale_rope_backward " + l.name, kSummed, 9.0 * static_cast<double>(n * l.width()) / 2,
+          [=](Workbench& w) {
+            Array &y = w.input({n, l.width()}, w.act()), &g = w.input({n, l.width()}, w.act()),
+                  &scale = w.input({l.width()}, DType::f32, 0.1, 1),
+                  &table = w.numbers({n, d}, DType::f32, angles_of(n, d)), &ids = w.row_ids(n);
+            Array &d_core = w.output("d_core", {n, l.width()}, w.act()),
+                  &d_scale = w.updated("d_scale", {l.width()}, DType::f32);
+            w.run = [=, &w, &y, &g, &scale, &table, &ids, &d_core, &d_scale] {
+              w.ops.scale_rope_backward(d_core.device, d_scale.device, g.device, y.device,
+                                        scale.device, table.device, ids.device, l.heads);
+            };
+            w.reference = [=, &y, &g, &scale, &table, &ids, &d_core, &d_scale] {
+              reference::scale_rope_backward(d_core.data(), d_scale.data(), g.data(), y.data(),
+                                             scale.data(), table.data(), ids.index(), l.heads, n);
+            };
+          }};
+}
+
 }  // namespace
 
 void add_attention_cases(std::vector<OpCase>& t) {
@@ -160,6 +180,7 @@ void add_attention_cases(std::vector<OpCase>& t) {
     t.push_back(rope(l, false));
     t.push_back(rope(l, true));
     t.push_back(scale_rope(l));
+    t.push_back(scale_rope_backward(l));
     attention_cases(t, l);
   }
 }

@@ -4,6 +4,7 @@
 
 #include "kernels/cases/op_cases.h"
 #include "kernels/reference/attention.h"
+#include "kernels/reference/dora.h"
 #include "kernels/reference/dropout.h"
 #include "kernels/reference/low_rank.h"
 #include "kernels/reference/normalisation.h"
@@ -15,11 +16,15 @@ namespace {
 using reference::Index;
 
 struct Pair {
-  Array *a = nullptr, *b = nullptr;
-  LowRank on() const { return a == nullptr ? LowRank{} : LowRank{a->device, b->device}; }
+  Array *a = nullptr, *b = nullptr, *scale = nullptr;
+  LowRank on() const {
+    if (a == nullptr) return {};
+    return {a->device, b->device, scale == nullptr ? ConstTensor() : ConstTensor(scale->device)};
+  }
 };
-Pair update(Workbench& w, Index n, Index out, Index rank) {
-  return {&w.input({n, rank}, w.act()), &w.input({out, rank}, w.act(), 0.3)};
+Pair update(Workbench& w, Index n, Index out, Index rank, bool scaled) {
+  return {&w.input({n, rank}, w.act()), &w.input({out, rank}, w.act(), 0.3),
+          scaled ? &w.input({out}, DType::f32, 0.2, 1) : nullptr};
 }
 
 /// Several matrices, as q, k and v are: columns of one y, their ranks' columns of one a.
@@ -77,12 +82,13 @@ OpCase backward(Index n, const std::vector<Index>& outs, Index rank) {
           }};
 }
 
-OpCase norm(Index n, Index d, Index rank) {
+OpCase norm(Index n, Index d, Index rank, bool scaled = false) {
   constexpr float kEps = 1e-5F;
-  return {"add_lora_rmsnorm " + times({n, d, rank}), kSummed,
+  return {"add_lora_rmsnorm " + times({n, d, rank}) + (scaled ? " scaled" : ""), kSummed,
           static_cast<double>(n * d) * (5 + 2.0 * static_cast<double>(rank)), [=](Workbench& w) {
             Array &x = w.input({n, d}, w.act()), &delta = w.input({n, d}, w.act());
-            const Pair u = rank == 0 ? Pair() : update(w, n, d, rank);
+            const Pair u = rank == 0 ? Pair() : update(w, n, d, rank, scaled);
+            if (scaled) Workbench::compare(delta, "delta");
             Array &scale = w.input({d}, DType::f32, 0.2, 1),
                   &sum = w.output("sum", {n, d}, w.act()), &y = w.output("y", {n, d}, w.act()),
                   &r = w.output("r", {n}, DType::f32);
@@ -94,6 +100,10 @@ OpCase norm(Index n, Index d, Index rank) {
               std::vector<double> whole = delta.host;
               if (rank > 0)
                 reference::lora_b(whole.data(), d, u.a->data(), u.b->data(), n, d, rank);
+              if (scaled) {
+                delta.host = whole;
+                reference::scale_columns(whole.data(), whole.data(), u.scale->data(), n, d);
+              }
               reference::add_rmsnorm(sum.data(), y.data(), r.data(), x.data(), whole.data(),
                                      scale.data(), n, d, double{kEps});
             };
@@ -155,37 +165,41 @@ OpCase router_backward(Index n, Index d, Index rank, Index experts, float p) {
           }};
 }
 
-/// ranks of q, k, v; 0: not adapted.
-OpCase rope(Index n, Heads h, std::array<Index, 3> ranks) {
+/// ranks of q, k, v; 0: not adapted. The first `scaled` of them have a scale.
+OpCase rope(Index n, Heads h, std::array<Index, 3> ranks, std::size_t scaled = 0) {
   const Index d = h.head_dim, width = (h.heads + 2 * h.kv_heads) * d;
-  return {"lora_rope " + times({n, width, ranks[0], ranks[1], ranks[2]}), kSummed,
-          static_cast<double>(n * width) * (3 + 2.0 * static_cast<double>(ranks[0])),
-          [=](Workbench& w) {
-            Array& y = w.updated("y", {n, width}, w.act());
-            std::array<Index, 3> outs{h.heads * d, h.kv_heads * d, h.kv_heads * d};
-            std::array<Pair, 3> us;
-            for (std::size_t i = 0; i < 3; ++i)
-              if (ranks[i] > 0) us[i] = update(w, n, outs[i], ranks[i]);
-            std::vector<double> angles;
-            for (Index i = 0; i < n * d; ++i) {
-              const double angle =
-                  static_cast<double>(i / d) / static_cast<double>(1 + i % (d / 2));
-              angles.push_back(i % d < d / 2 ? std::cos(angle) : std::sin(angle));
-            }
-            Array &table = w.numbers({n, d}, DType::f32, angles), &ids = w.row_ids(n);
-            w.run = [=, &w, &y, &table, &ids] {
-              w.ops.lora_rope(y.device, {us[0].on(), us[1].on(), us[2].on()}, table.device,
-                              ids.device, h);
-            };
-            w.reference = [=, &y, &table, &ids] {
-              Index at = 0;
-              for (std::size_t i = 0; i < 3; at += outs[i++])
-                if (ranks[i] > 0)
-                  reference::lora_b(y.data() + at, width, us[i].a->data(), us[i].b->data(), n,
-                                    outs[i], ranks[i]);
-              reference::rope(y.data(), y.data(), table.data(), ids.index(), h, false, n);
-            };
-          }};
+  return {
+      "lora_rope " + times({n, width, ranks[0], ranks[1], ranks[2]}) +
+          (scaled > 0 ? " scaled " + std::to_string(scaled) : ""),
+      kSummed, static_cast<double>(n * width) * (3 + 2.0 * static_cast<double>(ranks[0])),
+      [=](Workbench& w) {
+        Array& y = w.updated("y", {n, width}, w.act());
+        std::array<Index, 3> outs{h.heads * d, h.kv_heads * d, h.kv_heads * d};
+        std::array<Pair, 3> us;
+        for (std::size_t i = 0; i < 3; ++i)
+          if (ranks[i] > 0) us[i] = update(w, n, outs[i], ranks[i], i < scaled);
+        std::vector<double> angles;
+        for (Index i = 0; i < n * d; ++i) {
+          const double angle = static_cast<double>(i / d) / static_cast<double>(1 + i % (d / 2));
+          angles.push_back(i % d < d / 2 ? std::cos(angle) : std::sin(angle));
+        }
+        Array &table = w.numbers({n, d}, DType::f32, angles), &ids = w.row_ids(n);
+        w.run = [=, &w, &y, &table, &ids] {
+          w.ops.lora_rope(y.device, {us[0].on(), us[1].on(), us[2].on()}, table.device, ids.device,
+                          h);
+        };
+        w.reference = [=, &y, &table, &ids] {
+          Index at = 0;
+          for (std::size_t i = 0; i < 3; at += outs[i++]) {
+            if (ranks[i] == 0) continue;
+            reference::lora_b(y.data() + at, width, us[i].a->data(), us[i].b->data(), n, outs[i],
+                              ranks[i]);
+            for (Index k = 0; i < scaled && k < n * outs[i]; ++k)
+              y.data()[k / outs[i] * width + at + k % outs[i]] *= us[i].scale->data()[k % outs[i]];
+          }
+          reference::rope(y.data(), y.data(), table.data(), ids.index(), h, false, n);
+        };
+      }};
 }
 
 }  // namespace
@@ -204,6 +218,9 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(norm(37, 576, 24));
   t.push_back(norm(129, 576, 64));
   t.push_back(norm(60, 4096, 16));
+  t.push_back(norm(5, 13, 3, true));
+  t.push_back(norm(37, 576, 24, true));
+  t.push_back(norm(60, 4096, 16, true));
   t.push_back(norm_backward(5, 13, 3, 0.3F));
   t.push_back(norm_backward(21, 64, 16, 0));
   t.push_back(norm_backward(1, 64, 8, 0.1F));
@@ -220,6 +237,9 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));
   t.push_back(rope(65, {3, 3, 128}, {0, 40, 0}));
   t.push_back(rope(100, {4, 2, 128}, {64, 24, 16}));
+  t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}, 1));
+  t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}, 3));
+  t.push_back(rope(65, {4, 2, 128}, {16, 40, 8}, 2));
 }
 
 }  // namespace mixlora::cases

@@ -1,5 +1,6 @@
 // The gated feed-forward with experts, and the slots around it.
 #include "kernels/cases/op_cases.h"
+#include "kernels/reference/low_rank.h"
 #include "kernels/reference/slots.h"
 
 namespace mixlora::cases {
@@ -173,6 +174,27 @@ OpCase columns(Index n, Index e, Index k, Index r, bool per_slot) {
           }};
 }
 
+OpCase combine_with_update(Index n, Index d, Index e, Index k, Index r) {
+  return {"lora_slot_combine " + times({n, d, e, k, r}), kSummed,
+          static_cast<double>(n * k * d) * (3 + 2.0 * static_cast<double>(r)), [=](Workbench& w) {
+            const SlotArrays s = random_slots(w, n, e, k, r);
+            Array &core = w.updated("core", {k, n, d}, w.act()), &z = w.input({n, k * r}, w.act()),
+                  &b = w.input({d, e * r}, w.act(), 0.3),
+                  &scale = w.input({e, d}, DType::f32, 0.1, 1), &room = w.scratch({k * n, e * r}),
+                  &y = w.output("y", {n, d}, w.act());
+            w.run = [=, &w, &core, &z, &b, &scale, &room, &y] {
+              w.ops.lora_slot_combine(y.device, core.device, z.device, b.device, scale.device,
+                                      s.device(), room.device);
+            };
+            w.reference = [=, &core, &z, &b, &scale, &y] {
+              std::vector<double> columns(static_cast<std::size_t>(k * n * e * r));
+              reference::slots_to_columns(columns.data(), z.data(), s.host(), true, n);
+              reference::lora_b(core.data(), d, columns.data(), b.data(), k * n, d, e * r);
+              reference::slot_combine(y.data(), core.data(), scale.data(), s.host(), n, d);
+            };
+          }};
+}
+
 void slot_cases(std::vector<OpCase>& t, Index n, Index d, Index e, Index k) {
   const double work = static_cast<double>(n * k * d);
   const auto shape = times({n, d, e, k});
@@ -278,6 +300,9 @@ void add_mixture_cases(std::vector<OpCase>& t) {
     t.push_back(columns(7, 3, 2, 5, per_slot));
     t.push_back(columns(257, 8, 2, 16, per_slot));
   }
+  t.push_back(combine_with_update(9, 33, 3, 2, 4));
+  t.push_back(combine_with_update(21, 64, 4, 2, 16));
+  t.push_back(combine_with_update(130, 576, 8, 2, 16));
   slot_cases(t, 9, 33, 3, 2);
   slot_cases(t, 128, 576, 8, 2);
 }

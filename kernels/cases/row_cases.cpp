@@ -135,7 +135,14 @@ void dora_cases(std::vector<OpCase>& t, Index n, Index out, Index in, Index rank
   t.push_back(
       {"dora_scale " + times({out, in, rank}), kSummed,
        2.0 * static_cast<double>(rank * (rank * in + out * (rank + 1))), [=](Workbench& w) {
-         Array &m = w.input({out}, DType::f32, 0.2, 2),
+         // Some magnitudes are 0 or hardly more.
+         std::vector<double> magnitudes(static_cast<std::size_t>(out));
+         for (Index i = 0; i < out; ++i)
+           magnitudes[static_cast<std::size_t>(i)] =
+               i % 5 == 0   ? 0
+               : i % 7 == 0 ? -1e-25
+                            : 1 + static_cast<double>(w.below(1000)) / 1000;
+         Array &m = w.numbers({out}, DType::f32, magnitudes),
                &squares = w.input({out}, DType::f32, 0.2, 4);
          Array &a = w.input({rank, in}, w.act(), 0.05), &wa = w.input({rank, out}, w.act(), 0.1);
          Array& b = w.input({out, rank}, w.act(), 0.1);
@@ -184,15 +191,27 @@ void dora_cases(std::vector<OpCase>& t, Index n, Index out, Index in, Index rank
                                  wa2.data(), b2.data(), 0.5, less, in, half);
          };
        }});
-  t.push_back({"dora_magnitude_backward " + times({out}), kRounded, 2.0 * static_cast<double>(out),
-               [=](Workbench& w) {
-                 Array &d_m = w.updated("d_m", {out}, DType::f32), &g = w.input({out}, DType::f32),
-                       &i = w.input({out}, DType::f32);
-                 w.run = [&] { w.ops.dora_magnitude_backward(d_m.device, g.device, i.device); };
-                 w.reference = [=, &d_m, &g, &i] {
-                   reference::dora_magnitude_backward(d_m.data(), g.data(), i.data(), out);
-                 };
-               }});
+  t.push_back(
+      {"dora_magnitudes_backward 9 of " + times({out}), kRounded, 18.0 * static_cast<double>(out),
+       [=](Workbench& w) {
+         std::vector<std::array<Array*, 3>> all;
+         for (Index i = 0; i < 9; ++i) {  // the last smaller
+           const Index own = i < 8 ? out : out / 2 + 1;
+           all.push_back({&w.updated("d_m", {own}, DType::f32),
+                          &w.updated("d_scale", {own}, DType::f32), &w.input({own}, DType::f32)});
+         }
+         w.run = [=, &w] {
+           std::vector<DoraMagnitude> calls;
+           for (const auto& [d_m, d_scale, inverse] : all)
+             calls.push_back({d_m->device, d_scale->device, inverse->device});
+           w.ops.dora_magnitudes_backward(calls);
+         };
+         w.reference = [=] {
+           for (const auto& [d_m, d_scale, inverse] : all)
+             reference::dora_magnitude_backward(d_m->data(), d_scale->data(), inverse->data(),
+                                                static_cast<Index>(d_m->host.size()));
+         };
+       }});
   t.push_back({"scale_columns " + times({n, out}), kRounded, work, [=](Workbench& w) {
                  Array &core = w.input({n, out}, w.act()), &s = w.input({out}, DType::f32, 0.1, 1);
                  Array& y = w.output("y", {n, out}, w.act());
@@ -236,6 +255,7 @@ void add_row_cases(std::vector<OpCase>& t) {
   lora_a_cases(t, 21, 64, 16, 0);
   lora_a_cases(t, 256, 4096, 16, 0.05F);
   dora_cases(t, 5, 17, 13, 3);
+  dora_cases(t, 6, 40, 72, 8);
   dora_cases(t, 128, 576, 1536, 16);
   dora_cases(t, 33, 1024, 4096, 80);
 }

@@ -55,12 +55,14 @@ class CpuBackend final : public Backend {
               RowIds ids) override;
   void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,
                   ConstTensor a, ConstTensor wa, ConstTensor b, float s) override;
-  void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override;
+  void dora_magnitudes_backward(std::span<const DoraMagnitude> all) override;
   void scale_columns(Tensor y, ConstTensor core, ConstTensor scale) override;
   void scale_columns_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor core,
                               ConstTensor scale) override;
   void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
             bool inverse) override;
+  void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                           ConstTensor scale, ConstTensor table, RowIds ids, Heads heads) override;
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override;
   void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                           ConstTensor lse, const Sequences& s, Heads heads) override;

@@ -179,13 +179,16 @@ void CpuBackend::dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, Co
         static_cast<double>(w_squared.ptr<float>()[o]) + 2 * factor * cross + factor * factor * own;
     const double inverse = squared > 0 ? 1 / std::sqrt(squared) : 0;
     inverse_norm.ptr<float>()[o] = static_cast<float>(inverse);
-    scale.ptr<float>()[o] = static_cast<float>(static_cast<double>(m.ptr<float>()[o]) * inverse);
+    const auto exact = static_cast<float>(static_cast<double>(m.ptr<float>()[o]) * inverse);
+    scale.ptr<float>()[o] = std::copysign(std::max(std::abs(exact), kLeastScale), exact);
   });
 }
-void CpuBackend::dora_magnitude_backward(Tensor d_m, ConstTensor d_scale,
-                                         ConstTensor inverse_norm) {
-  for (std::int64_t i = 0; i < d_m.numel(); ++i)
-    d_m.ptr<float>()[i] += d_scale.ptr<float>()[i] * inverse_norm.ptr<float>()[i];
+void CpuBackend::dora_magnitudes_backward(std::span<const DoraMagnitude> all) {
+  for (const DoraMagnitude& x : all)
+    for (std::int64_t i = 0; i < x.d_m.numel(); ++i) {
+      x.d_m.ptr<float>()[i] += x.d_scale.ptr<float>()[i] * x.inverse_norm.ptr<float>()[i];
+      x.d_scale.ptr<float>()[i] = 0;
+    }
 }
 void CpuBackend::scale_columns(Tensor y, ConstTensor core, ConstTensor scale) {
   expect_same("scale_columns", "core", core, y);
@@ -232,6 +235,37 @@ void CpuBackend::rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, He
       }
     }
     if (to != from) std::copy(from + turned * d, from + (turned + h.kv_heads) * d, to + turned * d);
+  });
+}
+
+void CpuBackend::scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                                     ConstTensor scale, ConstTensor table, RowIds ids, Heads h) {
+  expect_same("scale_rope_backward", "y", y, d_core);
+  const std::int64_t n = y.rows(), d = h.head_dim, half = d / 2;
+  parallel_for(h.heads + 2 * h.kv_heads, [&](std::int64_t head) {  // its sums over rows, in order
+    const bool turned = head < h.heads + h.kv_heads;
+    const float* by = scale.ptr<float>() + head * d;
+    std::vector<double> sums(static_cast<std::size_t>(d));
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float *cosine = table.row<float>(ids.row<std::int32_t>(i)[1]), *sine = cosine + half,
+                  *from = y.row<float>(i) + head * d, *g = d_y.row<float>(i) + head * d;
+      float* to = d_core.row<float>(i) + head * d;
+      for (std::int64_t j = 0; j < half; ++j) {
+        float a = from[j], b = from[half + j];
+        if (turned) {
+          a = from[j] * cosine[j] + from[half + j] * sine[j];
+          b = from[half + j] * cosine[j] - from[j] * sine[j];
+        }
+        sums[static_cast<std::size_t>(j)] += static_cast<double>(g[j]) * static_cast<double>(a);
+        sums[static_cast<std::size_t>(half + j)] +=
+            static_cast<double>(g[half + j]) * static_cast<double>(b);
+        to[j] = by[j] * g[j];
+        to[half + j] = by[half + j] * g[half + j];
+      }
+    }
+    for (std::int64_t j = 0; j < d; ++j)
+      d_scale.ptr<float>()[head * d + j] +=
+          static_cast<float>(sums[static_cast<std::size_t>(j)] / static_cast<double>(by[j]));
   });
 }
 

@@ -78,7 +78,7 @@ class CudaBackend final : public Backend {
   void dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m, ConstTensor w_squared,
                   ConstTensor a, ConstTensor wa, ConstTensor b, float s) override;
   void dora_scales(std::span<const DoraScale> all) override;
-  void dora_magnitude_backward(Tensor d_m, ConstTensor d_scale, ConstTensor inverse_norm) override;
+  void dora_magnitudes_backward(std::span<const DoraMagnitude> all) override;
   void scale_columns(Tensor y, ConstTensor core, ConstTensor scale) override;
   void scale_columns_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor core,
                               ConstTensor scale) override;
@@ -86,6 +86,8 @@ class CudaBackend final : public Backend {
             bool inverse) override;
   void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
                   Heads heads) override;
+  void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                           ConstTensor scale, ConstTensor table, RowIds ids, Heads heads) override;
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override;
   void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                           ConstTensor lse, const Sequences& s, Heads heads) override;
@@ -107,6 +109,8 @@ class CudaBackend final : public Backend {
   void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
                         ConstTensor d_out, ConstTensor q, ConstTensor z, const Mixture& m) override;
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override;
+  void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                         const Slots& slots, Tensor room_for_columns) override;
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override;
   void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale, ConstTensor d_y,
                              ConstTensor core, ConstTensor scale, const Slots& slots) override;

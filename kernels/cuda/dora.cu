@@ -1,6 +1,7 @@
 // DoRA: the norm of the adapted rows, and magnitudes as a scale of columns.
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/tensor_core.cuh"
 
 namespace mixlora {
 namespace {
@@ -12,7 +13,7 @@ using cuda::kTogether;
 using cuda::Rows;
 
 /// dora_scale's calls of one launch, as kernels see them; their gram matrices lie end to end.
-constexpr int kCalls = 24;
+constexpr int kCalls = 32;
 template <class T> struct Calls {
   struct One {
     float *scale, *inverse_norm, *gram;
@@ -23,6 +24,16 @@ template <class T> struct Calls {
   };
   One one[kCalls];
 };
+
+/// n and m / n of output o from (W A^T)_o . B_o and B_o (A A^T) B_o^T.
+template <class Call>
+__device__ void leave_scale(const Call& call, Index o, float cross, float square) {
+  const float squared = call.w_squared[o] + 2 * call.s * cross + call.s * call.s * square;
+  const float inverse = squared > 0 ? 1 / sqrtf(squared) : 0;
+  const float exact = call.m[o] * inverse;
+  call.inverse_norm[o] = inverse;
+  call.scale[o] = fabsf(exact) < kLeastScale ? copysignf(kLeastScale, exact) : exact;
+}
 
 /// gram = A A^T, one block a pair of rows and call: R (R + 1) rows of A read, from L2 but for the
 /// first time.
@@ -67,25 +78,124 @@ __global__ void dora_scale_kernel(const __grid_constant__ Calls<T> calls) {
       square += cuda::to_float(*call.b.at(o, i)) * part;
     }
   }
-  const float squared = call.w_squared[o] + 2 * call.s * cross + call.s * call.s * square;
-  const float inverse = squared > 0 ? 1 / sqrtf(squared) : 0;
-  call.inverse_norm[o] = inverse;
-  call.scale[o] = call.m[o] * inverse;
+  leave_scale(call, o, cross, square);
 }
 
-/// d_m += d_scale / n: 12 bytes read, 4 written a number.
-struct MagnitudeBackward {
-  float* d_m;
-  const float *d_scale, *inverse_norm;
-  template <bool Aligned> __device__ void at(Index /*row*/, Index at, int count) const {
-    Eight sum = cuda::take<Aligned>(d_m + at, count);
-    const Eight d = cuda::take<Aligned>(d_scale + at, count),
-                inverse = cuda::take<Aligned>(inverse_norm + at, count);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum.v[i] += d.v[i] * inverse.v[i];
-    cuda::put<Aligned>(d_m + at, sum, count);
+/// The same in bf16 for at most 16 ranks by eights: a gram matrix is one tile of 16 x 16, zero
+/// behind its ranks, and comes in kSplits parts, each of a range of A's columns.
+constexpr int kTile = 16, kSplits = 4, kGramWarps = 8;
+using Bf16Calls = Calls<__nv_bfloat16>;
+
+/// grid (kSplits, calls): A read once, a lane's 16 bytes of rows g and g + 8 being both factors of
+/// two steps (which of 32 columns is which does not matter to their sum).
+__global__ void __launch_bounds__(kGramWarps* cuda::kWarp)
+    gram_tile_kernel(const __grid_constant__ Bf16Calls calls) {
+  __shared__ float4 sums[kGramWarps][2][cuda::kWarp];
+  const auto& call = calls.one[blockIdx.y];
+  const int warp = static_cast<int>(threadIdx.x) / cuda::kWarp,
+            lane = static_cast<int>(threadIdx.x) % cuda::kWarp, g = lane / 4, q = lane % 4;
+  constexpr int kColumns = 4 * kChunk, kStep = kSplits * kGramWarps * kColumns;
+  float sum[2][4] = {};
+#pragma unroll 4
+  for (int col = (static_cast<int>(blockIdx.x) * kGramWarps + warp) * kColumns + kChunk * q;
+       col - kChunk * q < call.in; col += kStep) {
+    uint4 x = {}, y = {};
+    if (col < call.in) {
+      x = *reinterpret_cast<const uint4*>(call.a.at(g, col));
+      if (g + 8 < call.rank) y = *reinterpret_cast<const uint4*>(call.a.at(g + 8, col));
+    }
+    cuda::mma(sum[0], x.x, y.x, x.y, y.y, x.x, x.y);
+    cuda::mma(sum[1], x.x, y.x, x.y, y.y, y.x, y.y);
+    cuda::mma(sum[0], x.z, y.z, x.w, y.w, x.z, x.w);
+    cuda::mma(sum[1], x.z, y.z, x.w, y.w, y.z, y.w);
   }
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+    sums[warp][t][lane] = make_float4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
+  __syncthreads();
+  static_assert(kGramWarps * cuda::kWarp == kTile * kTile);
+  const int i = static_cast<int>(threadIdx.x) / kTile, j = static_cast<int>(threadIdx.x) % kTile;
+  float total = 0;
+  for (int w = 0; w < kGramWarps; ++w)
+    total += reinterpret_cast<const float*>(
+        &sums[w][j / 8][4 * (i % 8) + j % 8 / 2])[2 * (i / 8) + j % 2];
+  call.gram[static_cast<int>(blockIdx.x) * kTile * kTile + static_cast<int>(threadIdx.x)] = total;
+}
+
+/// grid (outputs / 256, calls): two neighbouring outputs a thread, B's ranks in registers, the gram
+/// matrix's lower half in shared memory, what is beside its diagonal doubled.
+constexpr int kScaleThreads = 128;
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_tile_kernel(const __grid_constant__ Bf16Calls calls) {
+  __shared__ __align__(16) float gram[kTile][kTile];
+  const auto& call = calls.one[blockIdx.y];
+  for (int at = static_cast<int>(threadIdx.x); at < kTile * kTile; at += kScaleThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) sum += call.gram[s * kTile * kTile + at];
+    const int i = at / kTile, j = at % kTile;
+    gram[i][j] = j < i ? 2 * sum : j == i ? sum : 0;
+  }
+  __syncthreads();
+  const int o = 2 * static_cast<int>(blockIdx.x * kScaleThreads + threadIdx.x);
+  if (o >= call.out) return;
+  float b[2][kTile] = {}, cross[2] = {}, square[2] = {};
+#pragma unroll
+  for (int j = 0; j < kTile; j += kChunk)
+    if (j < call.rank)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const Eight ranks = cuda::load8(call.b.at(o + t, j));
+#pragma unroll
+        for (int n = 0; n < kChunk; ++n) b[t][j + n] = ranks.v[n];
+      }
+#pragma unroll
+  for (int j = 0; j < kTile; ++j)
+    if (j < call.rank) {
+      const unsigned pair = *reinterpret_cast<const unsigned*>(call.wa.at(j, o));
+      cross[0] += b[0][j] * cuda::low(pair);
+      cross[1] += b[1][j] * cuda::high(pair);
+    }
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    float part[2] = {};
+#pragma unroll
+    for (int j = 0; j <= i; j += 4) {
+      const float4 row = *reinterpret_cast<const float4*>(&gram[i][j]);
+      const float four[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        if (j + n <= i)
+#pragma unroll
+          for (int t = 0; t < 2; ++t) part[t] += four[n] * b[t][j + n];
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) square[t] += part[t] * b[t][i];
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t) leave_scale(call, o + t, cross[t], square[t]);
+}
+
+/// dora_magnitudes_backward's calls of one launch.
+constexpr int kMagnitudes = 8;
+struct Magnitudes {
+  struct One {
+    float *d_m, *d_scale;
+    const float* inverse_norm;
+    int count;
+  };
+  One one[kMagnitudes];
 };
+
+/// d_m += d_scale / n, d_scale = 0: 12 bytes read, 8 written a number.
+__global__ void magnitudes_kernel(const __grid_constant__ Magnitudes all) {
+  const auto& m = all.one[blockIdx.y];
+  const auto step = static_cast<int>(gridDim.x * blockDim.x);
+  for (auto i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < m.count; i += step) {
+    m.d_m[i] += m.d_scale[i] * m.inverse_norm[i];
+    m.d_scale[i] = 0;
+  }
+}
 
 /// y = scale core: a row read, a row written.
 template <class T> struct ScaleColumns {
@@ -144,6 +254,84 @@ __global__ void scale_backward_kernel(Rows<T> d_core, float* parts, Rows<const T
     if (i < count) parts[blockIdx.x * cols + col + i] = sum.v[i];
 }
 
+/// The same behind rope, core being y turned back and over the scale: three rows read but for the
+/// angles, one written. A thread has a chunk of each half of a head (Aligned; else one column of
+/// each), so that a pair of rope's is in one thread.
+constexpr int kTurnedTogether = 2;  // rows that a thread loads before it uses the first
+template <bool Aligned, class T>
+__global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 1)
+    scale_rope_backward_kernel(Rows<T> d_core, float* parts, Rows<const T> d_y, Rows<const T> y,
+                               const float* scale, Rows<const float> table, const std::int32_t* ids,
+                               int half, int turned, Index rows, Index cols, Index length) {
+  constexpr int kStep = Aligned ? kChunk : 1;
+  const int pair = (static_cast<int>(blockIdx.y) * static_cast<int>(blockDim.x) +
+                    static_cast<int>(threadIdx.x)) *
+                   kStep;
+  if (2 * pair >= cols) return;
+  const int j = pair % half, col[2] = {2 * (pair - j) + j, 2 * (pair - j) + j + half};
+  const bool turns = pair < turned;
+  const Index begin = static_cast<Index>(blockIdx.x) * length, end = min(rows, begin + length);
+  Eight by[2], sum[2] = {};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) by[h] = cuda::take<Aligned>(scale + col[h], kStep);
+  cuda::Packed<T> next_g[kTurnedTogether][2], next_y[kTurnedTogether][2];
+  Index position[kTurnedTogether];
+  const auto fetch = [&](Index row) {
+#pragma unroll
+    for (int t = 0; t < kTurnedTogether; ++t) {
+      const Index at = min(row + t, end - 1);
+      position[t] = ids[4 * at + 1];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        next_g[t][h] = cuda::take_packed<Aligned>(d_y.at(at, col[h]), kStep);
+        next_y[t][h] = cuda::take_packed<Aligned>(y.at(at, col[h]), kStep);
+      }
+    }
+  };
+  fetch(begin);
+  for (Index row = begin; row < end; row += kTurnedTogether) {
+    cuda::Packed<T> now_g[kTurnedTogether][2], now_y[kTurnedTogether][2];
+    const float* angles[kTurnedTogether];
+#pragma unroll
+    for (int t = 0; t < kTurnedTogether; ++t) {
+      angles[t] = table.at(position[t], j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) now_g[t][h] = next_g[t][h], now_y[t][h] = next_y[t][h];
+    }
+    fetch(row + kTurnedTogether);
+#pragma unroll
+    for (int t = 0; t < kTurnedTogether; ++t) {
+      if (row + t >= end) break;
+      Eight g[2] = {cuda::unpacked(now_g[t][0]), cuda::unpacked(now_g[t][1])},
+            core[2] = {cuda::unpacked(now_y[t][0]), cuda::unpacked(now_y[t][1])};
+      if (turns) {
+        const Eight c = cuda::take<Aligned>(angles[t], kStep),
+                    s = cuda::take<Aligned>(angles[t] + half, kStep);
+#pragma unroll
+        for (int i = 0; i < kStep; ++i) {
+          const float left = core[0].v[i], right = core[1].v[i];
+          core[0].v[i] = left * c.v[i] + right * s.v[i];
+          core[1].v[i] = right * c.v[i] - left * s.v[i];
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < kStep; ++i) {
+          sum[h].v[i] += g[h].v[i] * core[h].v[i];
+          g[h].v[i] *= by[h].v[i];
+        }
+        cuda::put<Aligned>(d_core.at(row + t, col[h]), g[h], kStep);
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int i = 0; i < kStep; ++i)
+      parts[blockIdx.x * cols + col[h] + i] = sum[h].v[i] / by[h].v[i];
+}
+
 }  // namespace
 
 void CudaBackend::dora_scale(Tensor scale, Tensor inverse_norm, ConstTensor m,
@@ -162,7 +350,7 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
     using T = decltype(number);
     Calls<T> calls{};
     Index most_out = 0, most_rank = 0;
-    bool rows_whole = true, factors_whole = true;
+    bool rows_whole = true, factors_whole = true, tiles = std::is_same_v<T, __nv_bfloat16>;
     for (std::size_t i = 0; i < all.size(); ++i) {
       const DoraScale& x = all[i];
       const Index rank = x.a.rows(), out = x.scale.numel();
@@ -171,19 +359,36 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
                        x.w_squared.numel() == out && x.scale.contiguous() &&
                        x.inverse_norm.contiguous() && x.m.contiguous() && x.w_squared.contiguous(),
                    op);
-      calls.one[i] = {cuda::data<float>(x.scale),     cuda::data<float>(x.inverse_norm),
-                      r.take<float>(rank * rank),     cuda::data<float>(x.m),
-                      cuda::data<float>(x.w_squared), cuda::rows_of<T>(x.a),
-                      cuda::rows_of<T>(x.wa),         cuda::rows_of<T>(x.b),
-                      static_cast<int>(out),          static_cast<int>(x.a.cols()),
-                      static_cast<int>(rank),         x.s};
+      calls.one[i] = {cuda::data<float>(x.scale),
+                      cuda::data<float>(x.inverse_norm),
+                      r.take<float>(std::max<Index>(rank * rank, kSplits * kTile * kTile)),
+                      cuda::data<float>(x.m),
+                      cuda::data<float>(x.w_squared),
+                      cuda::rows_of<T>(x.a),
+                      cuda::rows_of<T>(x.wa),
+                      cuda::rows_of<T>(x.b),
+                      static_cast<int>(out),
+                      static_cast<int>(x.a.cols()),
+                      static_cast<int>(rank),
+                      x.s};
       most_out = std::max(most_out, out);
       most_rank = std::max(most_rank, rank);
       rows_whole = rows_whole && cuda::aligned(x.a);
       factors_whole = factors_whole && rank % kChunk == 0 && cuda::aligned(x.b);
+      tiles = tiles && rank <= kTile && cuda::aligned(x.wa);
     }
     if (most_out == 0 || most_rank == 0) return;
     const auto count = static_cast<unsigned>(all.size()), rank = static_cast<unsigned>(most_rank);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (tiles && rows_whole && factors_whole) {
+        gram_tile_kernel<<<dim3(kSplits, count), kGramWarps * cuda::kWarp, 0, stream_>>>(calls);
+        cuda::launched(op);
+        const auto blocks = cuda::ceil_div<Index>(most_out, 2 * kScaleThreads);
+        scale_tile_kernel<<<dim3(static_cast<unsigned>(blocks), count), kScaleThreads, 0,
+                            stream_>>>(calls);
+        cuda::launched(op);
+        return;
+      }
     const auto gram = rows_whole ? gram_kernel<true, T> : gram_kernel<false, T>;
     gram<<<dim3(rank, rank, count), 256, 0, stream_>>>(calls);
     cuda::launched(op);
@@ -195,17 +400,29 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
   });
 }
 
-void CudaBackend::dora_magnitude_backward(Tensor d_m, ConstTensor d_scale,
-                                          ConstTensor inverse_norm) {
-  const Index count = d_m.numel();
-  cuda::expect(d_scale.numel() == count && inverse_norm.numel() == count && d_m.contiguous() &&
-                   d_scale.contiguous() && inverse_norm.contiguous(),
-               "dora_magnitude_backward");
-  const bool whole = cuda::aligned(d_m.reshaped({count}), d_scale.reshaped({count}),
-                                   inverse_norm.reshaped({count}));
-  cuda::each_chunk(stream_, "dora_magnitude_backward", 1, count, whole,
-                   MagnitudeBackward{cuda::data<float>(d_m), cuda::data<float>(d_scale),
-                                     cuda::data<float>(inverse_norm)});
+void CudaBackend::dora_magnitudes_backward(std::span<const DoraMagnitude> all) {
+  const char* op = "dora_magnitudes_backward";
+  for (; all.size() > kMagnitudes; all = all.subspan(kMagnitudes))
+    dora_magnitudes_backward(all.first(kMagnitudes));
+  Magnitudes m{};
+  Index most = 0;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const DoraMagnitude& x = all[i];
+    const Index count = x.d_m.numel();
+    cuda::expect(x.d_scale.numel() == count && x.inverse_norm.numel() == count &&
+                     count < (Index{1} << 30) && x.d_m.contiguous() && x.d_scale.contiguous() &&
+                     x.inverse_norm.contiguous(),
+                 op);
+    m.one[i] = {cuda::data<float>(x.d_m), cuda::data<float>(x.d_scale),
+                cuda::data<float>(x.inverse_norm), static_cast<int>(count)};
+    most = std::max(most, count);
+  }
+  if (most == 0) return;
+  constexpr Index kThreads = 256, kMostBlocks = 1024;
+  const dim3 blocks(static_cast<unsigned>(std::min(kMostBlocks, cuda::ceil_div(most, kThreads))),
+                    static_cast<unsigned>(all.size()));
+  magnitudes_kernel<<<blocks, kThreads, 0, stream_>>>(m);
+  cuda::launched(op);
 }
 
 void CudaBackend::scale_columns(Tensor y, ConstTensor core, ConstTensor scale) {
@@ -245,6 +462,39 @@ void CudaBackend::scale_columns_backward(Tensor d_core, Tensor d_scale, ConstTen
       run(scale_backward_kernel<true, T>);
     else
       run(scale_backward_kernel<false, T>);
+  });
+  cuda::launched(op);
+  cuda::add_partials(stream_, op, cuda::data<float>(d_scale), sums, parts.count, cols);
+}
+
+void CudaBackend::scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
+                                      ConstTensor scale, ConstTensor table, RowIds ids, Heads h) {
+  const char* op = "scale_rope_backward";
+  const Index rows = y.rows(), cols = y.cols(), half = h.head_dim / 2;
+  cuda::expect_same(d_core, y, op);
+  cuda::expect_same(d_y, y, op);
+  cuda::expect(cols == (h.heads + 2 * h.kv_heads) * h.head_dim && h.head_dim % 2 == 0 &&
+                   table.cols() == h.head_dim && ids.rows() == rows && ids.cols() == 4 &&
+                   ids.contiguous() && scale.numel() == cols && scale.contiguous() &&
+                   d_scale.numel() == cols && d_scale.contiguous(),
+               op);
+  if (rows == 0) return;
+  const bool whole = half % kChunk == 0 && cuda::aligned(d_core, d_y, y, scale, table);
+  const cuda::Parts parts = cuda::parts_of(rows, cols);
+  const Index units = cols / 2 / (whole ? kChunk : 1);
+  constexpr Index kThreads = 128;
+  const dim3 blocks(static_cast<unsigned>(parts.count),
+                    static_cast<unsigned>(cuda::ceil_div(units, kThreads)));
+  auto* sums = room().take<float>(parts.count * cols);
+  cuda::with_type(y.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto kernel =
+        whole ? scale_rope_backward_kernel<true, T> : scale_rope_backward_kernel<false, T>;
+    kernel<<<blocks, kThreads, 0, stream_>>>(
+        cuda::rows_of<T>(d_core), sums, cuda::rows_of<T>(d_y), cuda::rows_of<T>(y),
+        cuda::data<float>(scale), cuda::rows_of<float>(table), ids.ptr<std::int32_t>(),
+        static_cast<int>(half), static_cast<int>((h.heads + h.kv_heads) * half), rows, cols,
+        parts.length);
   });
   cuda::launched(op);
   cuda::add_partials(stream_, op, cuda::data<float>(d_scale), sums, parts.count, cols);

@@ -23,7 +23,8 @@ template <int C> constexpr int kTileBytes = C* cuda::kUpdateTile<kOwn>;
 
 struct NormCall {
   Number *sum, *y;
-  const Number *x, *delta;
+  const Number* x;
+  Number* delta;
   Index stride_sum, stride_y, stride_x, stride_delta;
   const float* w;
   float* r;
@@ -33,8 +34,9 @@ struct NormCall {
 };
 
 /// grid (rows / 8): sum = x + delta + a B^T, y = sum r w. Two rows read, two written; the sums wait
-/// in shared memory, each lane's own.
-template <int C>
+/// in shared memory, each lane's own. Scaled: delta += a B^T is written too, and sum = x + scale
+/// delta.
+template <int C, bool Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     norm_kernel(const __grid_constant__ NormCall m) {
   extern __shared__ __align__(16) std::byte memory[];
@@ -77,9 +79,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        sums[j][i] = cuda::low(x[i][j]) + cuda::low(delta[i][j]);
-        sums[j][2 + i] = cuda::high(x[i][j]) + cuda::high(delta[i][j]);
+        sums[j][i] = Scaled ? cuda::low(delta[i][j]) : cuda::low(x[i][j]) + cuda::low(delta[i][j]);
+        sums[j][2 + i] =
+            Scaled ? cuda::high(delta[i][j]) : cuda::high(x[i][j]) + cuda::high(delta[i][j]);
       }
+    unsigned own_x[2][4];
+    if (Scaled)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) own_x[i][j] = x[i][j];
     if (col + step < m.cols) load(col + step);
     cuda::fetch_wait<0>();
     __syncwarp();
@@ -87,6 +96,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     for (int j = 0; j < 4; ++j) cuda::add_update<kOwn, C>(sums[j], tile, a, j, lane);
     __syncwarp();
     fetch(col - 8 * g + step);
+    if (Scaled) {
+      const cuda::Eight by = cuda::load8(m.update.scale + col);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        unsigned words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          words[j] = cuda::pack2(sums[j][i], sums[j][2 + i]);
+          sums[j][i] = cuda::low(own_x[i][j]) + by.v[2 * j] * sums[j][i];
+          sums[j][2 + i] = cuda::high(own_x[i][j]) + by.v[2 * j + 1] * sums[j][2 + i];
+        }
+        if (live[i]) cuda::store_words<8>(m.delta + rows[i] * m.stride_delta + col, words);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       unsigned words[4];
@@ -292,7 +315,7 @@ void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x
   const NormCall m{cuda::data<Number>(sum),
                    cuda::data<Number>(y),
                    cuda::data<Number>(x),
-                   cuda::data<Number>(ConstTensor(delta)),
+                   cuda::data<Number>(delta),
                    sum.stride,
                    y.stride,
                    x.stride,
@@ -304,7 +327,8 @@ void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x
                    eps,
                    cuda::update_of(update)};
   cuda::with_rank_chunks(update.a.cols(), [&](auto chunks) {
-    launch(norm_kernel<chunks()>, chunks(), "add_lora_rmsnorm", m, stream_);
+    launch(update.scale ? norm_kernel<chunks(), true> : norm_kernel<chunks(), false>, chunks(),
+           "add_lora_rmsnorm", m, stream_);
   });
 }
 

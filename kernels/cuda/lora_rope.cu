@@ -28,7 +28,8 @@ struct RopeCall {
 
 /// grid (rows / 64, heads): a row of q, k, v read and written. A lane has D / 16 columns of each
 /// half of a head, so that a pair of rope's is in one lane. B of the block's heads comes first.
-template <int D, int C>
+/// Scaled: some update has a scale.
+template <int D, int C, bool Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     rope_kernel(const __grid_constant__ RopeCall m) {
   extern __shared__ __align__(16) std::byte memory[];
@@ -114,6 +115,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
           cuda::add_update<kOwn, C>(
               sums[half][j],
               tiles + static_cast<std::uint32_t>((2 * (head - begin) + half) * kTile), a, j, lane);
+    if (Scaled && adds && u.scale != nullptr)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kOwn / 2; ++j) {
+          const float2 by = __ldg(reinterpret_cast<const float2*>(
+              u.scale + (head - m.first[part]) * D + half * kHalf + kOwn * g + 2 * j));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) sums[half][j][i] *= by.x, sums[half][j][2 + i] *= by.y;
+        }
     const bool turned = head < m.turned;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -146,6 +157,7 @@ void CudaBackend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, Con
                             RowIds ids, Heads h) {
   const Index width[3] = {h.heads * h.head_dim, h.kv_heads * h.head_dim, h.kv_heads * h.head_dim};
   Index rank = 0;
+  bool scaled = false;
   bool fits = y.dtype == DType::bf16 && cuda::by_eights(y) &&
               (h.head_dim == 64 || h.head_dim == 128) && table.contiguous() &&
               table.cols() == h.head_dim && ids.contiguous() &&
@@ -154,6 +166,7 @@ void CudaBackend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, Con
     if (!updates[i].a) continue;
     fits = fits && cuda::takes_update(updates[i], y.rows(), width[i]);
     rank = std::max(rank, updates[i].a.cols());
+    scaled = scaled || updates[i].scale;
   }
   if (!fits || rank == 0) return Backend::lora_rope(y, updates, table, ids, h);
   if (y.rows() == 0) return;
@@ -177,10 +190,11 @@ void CudaBackend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, Con
                   static_cast<unsigned>(cuda::ceil_div(m.heads, m.heads_a_block)));
   cuda::with_rank_chunks(rank, [&](auto chunks) {
     const auto shared = static_cast<std::size_t>(m.heads_a_block * chunks() * h.head_dim * 32);
+    const auto run = [&](auto kernel) { kernel<<<grid, kWarps * kWarp, shared, stream_>>>(m); };
     if (h.head_dim == 64)
-      rope_kernel<64, chunks()><<<grid, kWarps * kWarp, shared, stream_>>>(m);
+      run(scaled ? rope_kernel<64, chunks(), true> : rope_kernel<64, chunks(), false>);
     else
-      rope_kernel<128, chunks()><<<grid, kWarps * kWarp, shared, stream_>>>(m);
+      run(scaled ? rope_kernel<128, chunks(), true> : rope_kernel<128, chunks(), false>);
   });
   cuda::launched("lora_rope");
 }

@@ -16,11 +16,12 @@ namespace mixlora::cuda {
 constexpr int kUpdateRows = 8, kUpdateWarps = 8;  // rows of a warp; warps of a block
 constexpr int kRankChunks = 4;                    // sixteens of ranks that these kernels take
 
-/// An update as kernels see it; `a` is null where there is none.
+/// An update as kernels see it; `a` is null where there is none, `scale` where that is 1.
 struct Update {
   const __nv_bfloat16 *a, *b;
   Index stride_a;
   int rank;
+  const float* scale;
   /// The tensor core's operand of row `g` of a, ranks 16 c and on.
   __device__ uint2 ranks(Index row, int c, int q) const {
     const int at = 16 * c + 2 * q;
@@ -44,13 +45,17 @@ __device__ void fetch_update(std::uint32_t to, const __nv_bfloat16* b, int rank,
             there ? b + c * rank + at : b, there);
   }
 }
+/// Where a lane points read_matrices for add_update's columns of a tile.
+template <int P> __device__ std::uint32_t update_row(std::uint32_t tile, int j, int lane) {
+  const int g = lane % 8, unit = (4 * (j % 2) + 2 * (lane / 8 % 2) + lane / 16) ^ g;
+  return tile + static_cast<std::uint32_t>((P / 4 * g + j / 2) * 128 + 16 * unit);
+}
 /// y += a B^T for columns P g + 2j and P g + 2j + 1 of the tile: sums[0], [1] are rows 2q, 2q + 1
 /// of the first, [2], [3] of the second.
 template <int P, int C>
 __device__ void add_update(float (&sums)[4], std::uint32_t tile, const uint2 (&a)[C], int j,
                            int lane) {
-  const int g = lane % 8, unit = (4 * (j % 2) + 2 * (lane / 8 % 2) + lane / 16) ^ g;
-  const std::uint32_t at = tile + static_cast<std::uint32_t>((P / 4 * g + j / 2) * 128 + 16 * unit);
+  const std::uint32_t at = update_row<P>(tile, j, lane);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     unsigned b[4];
@@ -82,12 +87,13 @@ inline bool takes_update(const LowRank& u, Index rows, Index cols) {
   const Index rank = u.a.cols();
   return u.a.dtype == DType::bf16 && u.b.dtype == DType::bf16 && u.a.rows() == rows &&
          u.b.rows() == cols && u.b.cols() == rank && u.b.contiguous() && rank % 8 == 0 &&
-         rank <= 16 * kRankChunks && by_eights(u.a) && by_eights(u.b);
+         rank <= 16 * kRankChunks && by_eights(u.a) && by_eights(u.b) &&
+         (!u.scale || (u.scale.numel() == cols && u.scale.contiguous() && by_eights(u.scale)));
 }
 inline Update update_of(const LowRank& u) {
   if (!u.a) return {};
   return {data<__nv_bfloat16>(u.a), data<__nv_bfloat16>(u.b), u.a.stride,
-          static_cast<int>(u.a.cols())};
+          static_cast<int>(u.a.cols()), u.scale ? data<float>(u.scale) : nullptr};
 }
 /// RMSNorm's backward where a low-rank product behind dropout, drop(a B^T), adds to d_y; B is
 /// (columns, ranks). See lora_norm.cu.

@@ -143,6 +143,35 @@ TEST_CASE("DoRA's backward is the derivative with the norm held constant", "[ker
       {{"m", m, d_m}, {"B", b, d_b}});
 }
 
+TEST_CASE("the backward of scale and rope has core back from what they left",
+          "[kernels][gradient]") {
+  const Heads heads{2, 1, 4};
+  constexpr std::int64_t n = 3, width = 16;
+  Numbers random(11);
+  const auto ids = ids_of(n);
+  Real table;
+  for (int p = 0; p < n; ++p)
+    for (int j = 0; j < 4; ++j)
+      table.push_back(j < 2 ? std::cos(p * std::pow(0.1, j)) : std::sin(p * std::pow(0.1, j - 2)));
+  const Real core = random.normal(n * width), scale = random.normal(width, 0.2, 1.5),
+             g = random.normal(n * width);
+  Real y = zeros(n * width), d_y = zeros(n * width), d_core = zeros(n * width),
+       d_scale = zeros(width);
+  ref::scale_columns(y.data(), core.data(), scale.data(), n, width);
+  ref::rope(y.data(), y.data(), table.data(), ids.data(), heads, false, n);
+  ref::rope(d_y.data(), g.data(), table.data(), ids.data(), heads, true, n);
+  ref::scale_rope_backward(d_core.data(), d_scale.data(), d_y.data(), y.data(), scale.data(),
+                           table.data(), ids.data(), heads, n);
+  require_gradients(
+      [&](const std::vector<Complex>& a) {
+        Complex out(n * width);
+        ref::scale_columns(out.data(), a[0].data(), a[1].data(), n, width);
+        ref::rope(out.data(), out.data(), complex(table).data(), ids.data(), heads, false, n);
+        return inner(g, out);
+      },
+      {{"core", core, d_core}, {"scale", scale, d_scale}});
+}
+
 TEST_CASE("rope turned the other way is its backward", "[kernels][gradient]") {
   const Heads heads{2, 1, 4};
   constexpr std::int64_t n = 3, width = 16;
