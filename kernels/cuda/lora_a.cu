@@ -23,7 +23,8 @@ using cuda::Number;
 constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
 constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
-constexpr Index kMostSums = Index{1} << 23;  // floats of a part of many ranks
+// Of many ranks: floats of a part of the sums, numbers that a mask is for.
+constexpr Index kMostSums = Index{1} << 23, kMostMasked = Index{1} << 28;
 
 using Call = cuda::DroppedA;
 
@@ -333,7 +334,8 @@ bool takes(int device, ConstTensor x, ConstTensor weight, const Dropout& d) {
   const Index rank = weight.rows();
   return d.active() && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
          x.cols() % kColumns == 0 && rank % 8 == 0 && x.rows() < (Index{1} << 24) &&
-         (few(rank) || (warpgroups(device) && std::max(x.rows(), x.cols()) * rank <= kMostSums));
+         (few(rank) || (warpgroups(device) && std::max(x.rows(), x.cols()) * rank <= kMostSums &&
+                        x.rows() * x.cols() <= kMostMasked));
 }
 bool takes_backward(int device, ConstTensor d_weight, ConstTensor d_x, ConstTensor d_a,
                     ConstTensor x, ConstTensor weight, const Dropout& d) {
@@ -402,6 +404,8 @@ void few_weight(Call m, Room& space, int processors, Tensor d_weight, float keep
   add_weight(m, splits, d_weight, keep, turned, stream);
 }
 #ifdef MIXLORA_WARPGROUPS
+/// Bytes of masks.
+Index masks_of(const Call& m) { return static_cast<Index>(m.rows) * (m.cols / 8); }
 /// Blocks of a part of many ranks.
 int many_blocks(const Call& m, int size) {
   return ceil_div(size, cuda::kDroppedTile) * ceil_div(m.rank, m.rank > 128 ? 256 : 128);
@@ -419,6 +423,8 @@ void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
   const Index size = static_cast<Index>(m.rank) * m.cols;
   m.sums = space.template take<float>(splits * size);
   auto* turned = m.d_x != nullptr ? space.template take<Number>(size) : nullptr;
+  m.masks = space.template take<std::uint8_t>(masks_of(m));
+  cuda::draw_masks(m, stream);
   cuda::warpgroup_weight(m, splits, stream);
   add_weight(m, splits, d_weight, keep, turned, stream);
   if (m.d_x != nullptr) cuda::input_backward(m, turned, keep, router, stream);
@@ -433,8 +439,9 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
   if (!takes(device_, x, weight, d) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
   Call m = call_of(x, weight, d, ids);
+  Room space = room();
   int splits = 0;
-  const auto take_sums = [&] { m.sums = room().take<float>(splits * x.rows() * weight.rows()); };
+  const auto take_sums = [&] { m.sums = space.take<float>(splits * x.rows() * weight.rows()); };
   if (few(m.rank)) {
     const int blocks = ceil_div(m.rows, kForwardRows);
     int columns = most_columns(ceil_div(m.rank, 16));
@@ -454,7 +461,9 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
 #ifdef MIXLORA_WARPGROUPS
   else {
     splits = splits_of(many_blocks(m, m.rows), processors_, m.cols / cuda::kWarpgroupStep, 2);
+    m.masks = space.take<std::uint8_t>(masks_of(m));
     take_sums();
+    cuda::draw_masks(m, stream_);
     cuda::warpgroup_forward(m, splits, stream_);
   }
 #endif

@@ -17,6 +17,7 @@ struct DroppedA {
   std::uint32_t threshold, layer, site;
   const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
   float* sums;                   // forward (split, row, rank); backward (split, rank, column)
+  std::uint8_t* masks;  // of many ranks: (row, column / 8), bit i keeps column i of the eight
 
   __device__ int4 id(Index row) const { return __ldg(reinterpret_cast<const int4*>(ids) + row); }
   __device__ Philox4 bits(int4 id, int block) const {
@@ -34,12 +35,29 @@ __device__ inline unsigned masked(unsigned pair, const Philox4& bits, int i,
   return pair & (first | second);
 }
 
-/// The same for eight numbers in shared memory.
-__device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint32_t threshold) {
+/// Bytes of x as the selector's digits name them; from 8 on, a byte's sign eight times.
+__device__ inline unsigned permuted(unsigned x, unsigned selector) {
+  unsigned y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(selector));
+  return y;
+}
+/// The words' masks of eight columns' bits.
+__device__ inline void spread_bits(unsigned (&to)[4], unsigned bits) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // The four bits as the bytes' signs.
+    const unsigned signs = (bits >> (4 * half) & 15) * 0x10204080U;
+    to[2 * half] = permuted(signs, 0x9988);
+    to[2 * half + 1] = permuted(signs, 0xbbaa);
+  }
+}
+/// Eight numbers in shared memory with those dropped zeroed.
+__device__ inline void drop_piece(std::byte* at, unsigned bits) {
   auto* piece = reinterpret_cast<uint4*>(at);
   const uint4 x = *piece;
-  *piece = make_uint4(masked(x.x, bits, 0, threshold), masked(x.y, bits, 1, threshold),
-                      masked(x.z, bits, 2, threshold), masked(x.w, bits, 3, threshold));
+  unsigned mask[4];
+  spread_bits(mask, bits);
+  *piece = make_uint4(x.x & mask[0], x.y & mask[1], x.z & mask[2], x.w & mask[3]);
 }
 
 /// Rows (or columns, of d_weight) of a block of the kernels below; their sums are in parts as
@@ -49,6 +67,8 @@ constexpr int kDroppedTile = 128;
 /// time on a processor.
 constexpr int kFewTogether = 3, kFewStep = 32;
 void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream);
+/// Draws m.masks.
+void draw_masks(const DroppedA& m, cudaStream_t stream);
 /// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.
 constexpr int kWarpgroupStep = 64;
 void warpgroup_forward(const DroppedA& m, int splits, cudaStream_t stream);

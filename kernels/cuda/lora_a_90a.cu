@@ -72,9 +72,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int line = thread / 8, unit = thread % 8;
   const std::uint32_t own = place(line, unit);  // 32 lines on, the same place in theirs
   constexpr int kApart = 32 * kRowBytes;
-  int4 ids[4];
+  unsigned bits[4];  // of the step that drops next
+  const int bytes = m.cols / 8;
+  const auto take_bits = [&](int step) {
+    const int byte = min(step * (kStep / 8) + unit, bytes - 1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) ids[i] = m.id(min(row0 + line + 32 * i, m.rows - 1));
+    for (int i = 0; i < 4; ++i)
+      bits[i] =
+          __ldg(m.masks + static_cast<Index>(min(row0 + line + 32 * i, m.rows - 1)) * bytes + byte);
+  };
+  take_bits(begin);
   const auto fetch = [&](int step, int stage) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage) + own;
     const int col = step * kStep + 8 * unit;
@@ -96,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto drop = [&](int step, int stage) {
     std::byte* at = shared + stage * R::kStage + own;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      drop_piece(at + i * kApart, m.bits(ids[i], step * (kStep / 8) + unit), m.threshold);
+    for (int i = 0; i < 4; ++i) drop_piece(at + i * kApart, bits[i]);
+    take_bits(step + 1);
   };
   float sums[Halves][16][4];
   const auto multiply = [&](int stage, bool add) {
@@ -193,18 +200,21 @@ __global__ void __launch_bounds__(kThreads, 1)
               there ? m.d_a + row * m.stride_d_a + rank0 + 8 * u : m.d_a, there);
     }
   };
-  int4 ids[4];  // of the step that drops next
-  const auto take_ids = [&](int step) {
+  unsigned bits[4];  // of the step that drops next
+  const int bytes = m.cols / 8;
+  const std::uint8_t* masks = m.masks + min(col0 / 8 + unit, bytes - 1);
+  const auto take_bits = [&](int step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ids[i] = m.id(min(step * kStep + line + 16 * i, m.rows - 1));
+    for (int i = 0; i < 4; ++i)
+      bits[i] =
+          __ldg(masks + static_cast<Index>(min(step * kStep + line + 16 * i, m.rows - 1)) * bytes);
   };
-  take_ids(begin);
+  take_bits(begin);
   const auto drop = [&](int step, int stage) {
     std::byte* at = shared + stage * R::kStage + own;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      drop_piece(at + i * kApart, m.bits(ids[i], col0 / 8 + unit), m.threshold);
-    take_ids(step + 1);
+    for (int i = 0; i < 4; ++i) drop_piece(at + i * kApart, bits[i]);
+    take_bits(step + 1);
   };
   float sums[Halves][16][4];
   const auto multiply = [&](int stage, bool add) {

@@ -195,6 +195,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     cuda::fetch16(cuda::shared_address(old + i * kThreads * 16),
                   live(i) ? m.d_x + (first + 8 * i) * m.stride_d_x + col : m.d_x, live(i));
 
+  unsigned bits[2] = {};  // of the lane's eight rows, a byte each
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    bits[i / 4] |=
+        __ldg(m.masks + static_cast<Index>(min(first + 8 * i, m.rows - 1)) * (m.cols / 8) +
+              min(col, m.cols - 8) / 8)
+        << (8 * (i % 4));
+
   const int line = thread / 4, unit = thread % 4;
   const auto fetch = [&](int step, int stage) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * kInputStage);
@@ -233,34 +241,22 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  // A row's mask at each step, while the tensor core is at work: bit 8 i + c keeps column c of row
-  // i.
-  std::uint64_t mask = 0;
-  const auto take_mask = [&](int i) {
-    const Philox4 bits = m.bits(m.id(min(first + 8 * i, m.rows - 1)), col / 8);
-    unsigned own = 0;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) own |= cuda::kept(bits, c, m.threshold) ? 1U << c : 0U;
-    mask |= static_cast<std::uint64_t>(own) << (8 * i);
-  };
-  const int steps = ceil_div(m.rank, kStep);
   walk(
-      0, steps, fetch,
-      [&](int step, int) {
-        if (step < 8) take_mask(step);
-      },
-      multiply);
-  for (int i = steps; i < 8; ++i) take_mask(i);
+      0, ceil_div(m.rank, kStep), fetch, [](int, int) {}, multiply);
 
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < 8; ++i) {
+    unsigned mask[4];
+    cuda::spread_bits(mask, bits[i / 4] >> (8 * (i % 4)));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = sums[i / 2][j][2 * (i % 2) + e];
-        x = (mask >> (8 * i + 2 * j + e) & 1) != 0 ? keep * x : 0.0F;
+        const unsigned own = cuda::permuted(mask[j], e == 0 ? 0x1010 : 0x3232);
+        x = keep * __uint_as_float(__float_as_uint(x) & own);
       }
+  }
   // Eight experts: the inner dimension's lower half their near numbers, its upper half the rest.
   if constexpr (WithRouter) {
     uint2 w[4];
@@ -308,6 +304,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+/// grid (words / 256): four calls of Philox a word of 32 columns.
+__global__ void masks_kernel(const DroppedA m) {
+  const int words = m.cols / 32;
+  const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x, row = i / words;
+  if (row >= m.rows) return;
+  const int word = static_cast<int>(i % words);
+  const int4 id = m.id(row);
+  unsigned own = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const Philox4 bits = m.bits(id, 4 * word + k);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) own |= cuda::kept(bits, c, m.threshold) ? 1U << (8 * k + c) : 0U;
+  }
+  reinterpret_cast<unsigned*>(m.masks)[i] = own;
+}
+
 template <class Kernel, class... Arguments>
 void launch(Kernel* kernel, int bytes, dim3 grid, cudaStream_t stream, const char* name,
             const Arguments&... arguments) {
@@ -328,6 +341,11 @@ void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream) {
                                : few_weight_kernel<chunks(), false>,
            kBytes, grid, stream, "lora_a_backward", m);
   });
+}
+void draw_masks(const DroppedA& m, cudaStream_t stream) {
+  const auto words = static_cast<Index>(m.rows) * (m.cols / 32);
+  launch(masks_kernel, 0, static_cast<unsigned>(ceil_div<Index>(words, kThreads)), stream, "lora_a",
+         m);
 }
 void input_backward(const DroppedA& m, const Number* turned, float keep, const Routed& router,
                     cudaStream_t stream) {
