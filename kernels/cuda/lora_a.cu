@@ -439,9 +439,8 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
   if (!takes(device_, x, weight, d) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
   Call m = call_of(x, weight, d, ids);
-  Room space = room();
   int splits = 0;
-  const auto take_sums = [&] { m.sums = space.take<float>(splits * x.rows() * weight.rows()); };
+  const auto take_sums = [&] { m.sums = room().take<float>(splits * x.rows() * weight.rows()); };
   if (few(m.rank)) {
     const int blocks = ceil_div(m.rows, kForwardRows);
     int columns = most_columns(ceil_div(m.rank, 16));
@@ -461,9 +460,7 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
 #ifdef MIXLORA_WARPGROUPS
   else {
     splits = splits_of(many_blocks(m, m.rows), processors_, m.cols / cuda::kWarpgroupStep, 2);
-    m.masks = space.take<std::uint8_t>(masks_of(m));
     take_sums();
-    cuda::draw_masks(m, stream_);
     cuda::warpgroup_forward(m, splits, stream_);
   }
 #endif

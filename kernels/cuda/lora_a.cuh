@@ -17,7 +17,8 @@ struct DroppedA {
   std::uint32_t threshold, layer, site;
   const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
   float* sums;                   // forward (split, row, rank); backward (split, rank, column)
-  std::uint8_t* masks;  // of many ranks: (row, column / 8), bit i keeps column i of the eight
+  std::uint8_t*
+      masks;  // backward of many ranks: (row, column / 8), bit i keeps column i of the eight
 
   __device__ int4 id(Index row) const { return __ldg(reinterpret_cast<const int4*>(ids) + row); }
   __device__ Philox4 bits(int4 id, int block) const {
@@ -60,6 +61,14 @@ __device__ inline void drop_piece(std::byte* at, unsigned bits) {
   *piece = make_uint4(x.x & mask[0], x.y & mask[1], x.z & mask[2], x.w & mask[3]);
 }
 
+/// The same, of bits as they are drawn.
+__device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint32_t threshold) {
+  auto* piece = reinterpret_cast<uint4*>(at);
+  const uint4 x = *piece;
+  *piece = make_uint4(masked(x.x, bits, 0, threshold), masked(x.y, bits, 1, threshold),
+                      masked(x.z, bits, 2, threshold), masked(x.w, bits, 3, threshold));
+}
+
 /// Rows (or columns, of d_weight) of a block of the kernels below; their sums are in parts as
 /// `sums` says.
 constexpr int kDroppedTile = 128;
@@ -67,7 +76,7 @@ constexpr int kDroppedTile = 128;
 /// time on a processor.
 constexpr int kFewTogether = 3, kFewStep = 32;
 void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream);
-/// Draws m.masks.
+/// Draws m.masks, which warpgroup_weight and input_backward take.
 void draw_masks(const DroppedA& m, cudaStream_t stream);
 /// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.
 constexpr int kWarpgroupStep = 64;

@@ -72,16 +72,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int line = thread / 8, unit = thread % 8;
   const std::uint32_t own = place(line, unit);  // 32 lines on, the same place in theirs
   constexpr int kApart = 32 * kRowBytes;
-  unsigned bits[4];  // of the step that drops next
-  const int bytes = m.cols / 8;
-  const auto take_bits = [&](int step) {
-    const int byte = min(step * (kStep / 8) + unit, bytes - 1);
+  int4 ids[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      bits[i] =
-          __ldg(m.masks + static_cast<Index>(min(row0 + line + 32 * i, m.rows - 1)) * bytes + byte);
-  };
-  take_bits(begin);
+  for (int i = 0; i < 4; ++i) ids[i] = m.id(min(row0 + line + 32 * i, m.rows - 1));
   const auto fetch = [&](int step, int stage) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage) + own;
     const int col = step * kStep + 8 * unit;
@@ -103,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto drop = [&](int step, int stage) {
     std::byte* at = shared + stage * R::kStage + own;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) drop_piece(at + i * kApart, bits[i]);
-    take_bits(step + 1);
+    for (int i = 0; i < 4; ++i)
+      drop_piece(at + i * kApart, m.bits(ids[i], step * (kStep / 8) + unit), m.threshold);
   };
   float sums[Halves][16][4];
   const auto multiply = [&](int stage, bool add) {
