@@ -480,12 +480,16 @@ void CudaBackend::scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor
                op);
   if (rows == 0) return;
   const bool whole = half % kChunk == 0 && cuda::aligned(d_core, d_y, y, scale, table);
-  const cuda::Parts parts = cuda::parts_of(rows, cols);
+  // Ranges of rows that make one round of blocks at the widths of large models, for their sums'
+  // sake.
+  constexpr Index kMostRanges = 64;
+  const Index length = std::max<Index>(16, cuda::ceil_div(rows, kMostRanges)),
+              ranges = cuda::ceil_div(rows, length);
   const Index units = cols / 2 / (whole ? kChunk : 1);
   constexpr Index kThreads = 128;
-  const dim3 blocks(static_cast<unsigned>(parts.count),
+  const dim3 blocks(static_cast<unsigned>(ranges),
                     static_cast<unsigned>(cuda::ceil_div(units, kThreads)));
-  auto* sums = room().take<float>(parts.count * cols);
+  auto* sums = room().take<float>(ranges * cols);
   cuda::with_type(y.dtype, [&](auto number) {
     using T = decltype(number);
     const auto kernel =
@@ -494,10 +498,10 @@ void CudaBackend::scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor
         cuda::rows_of<T>(d_core), sums, cuda::rows_of<T>(d_y), cuda::rows_of<T>(y),
         cuda::data<float>(scale), cuda::rows_of<float>(table), ids.ptr<std::int32_t>(),
         static_cast<int>(half), static_cast<int>((h.heads + h.kv_heads) * half), rows, cols,
-        parts.length);
+        length);
   });
   cuda::launched(op);
-  cuda::add_partials(stream_, op, cuda::data<float>(d_scale), sums, parts.count, cols);
+  cuda::add_partials(stream_, op, cuda::data<float>(d_scale), sums, ranges, cols);
 }
 
 }  // namespace mixlora
