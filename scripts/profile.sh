@@ -2,7 +2,7 @@
 # Shows chosen training steps to Nsight Systems or Nsight Compute.
 # usage: scripts/profile.sh nsys|ncu [TOOL OPTION ... --] [ARGUMENT OF mixlora-bench profile ...]
 #   scripts/profile.sh nsys sweep.json --trial MixLoRA --warmup 3 --steps 2
-#   scripts/profile.sh ncu -k regex:mixture --set full -- --model shape:llama-2-7b --shape 8x512 --method mixlora --steps 1
+#   scripts/profile.sh ncu --nvtx-include mixlora@mixture/ --set full -- --model shape:llama-2-7b --shape 8x512 --method mixlora --steps 1
 # The program opens the profiler's window before the first chosen step and closes it behind the last. Ranges of the NVTX
 # domain mixlora: step, forward, loss, backward, recompute, optimizer, layer (its number is the payload), attention,
 # feed_forward, dora_scales, and the op families. The report is OUT.nsys-rep or OUT.ncu-rep; OUT is MIXLORA_PROFILE, else
