@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
   const int first_tile = Team ? own_tile - warp : own_tile;
   if (!has_rows(m, first_tile)) return;
   const bool idle = Team && !has_rows(m, own_tile);
-  const int step = room.step(warps);
   const auto tile = tile_of<K>(m, idle ? first_tile : own_tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || (m.down_a != nullptr && m.q != nullptr);
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
   const float keep_scale = m.scale * m.keep;
   using T = TeamStage<S::kFactors / kPiece, K, Scaled>;
   std::byte* ring = shared + (Team ? 0 : warp * S::kWarpBytes);
-  const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
+  const std::uint32_t ring_address = shared_address(ring);
   unsigned a1[K][C][4], a3[K][C][4], q_ranks[K][C][4];
   float sums[S::kSums][4] = {};  // slot by slot: p of gate, p of up; then d_weight
   auto* ids =
@@ -228,53 +227,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1              ? 1
     }
   };
 
-  const ColumnRange range = columns_of(width, static_cast<int>(blockIdx.y),
-                                       static_cast<int>(gridDim.y), Team ? kTeamColumns : kColumns);
-  int stage = 0;
-  if constexpr (Team) {
-    const int mine = warp * T::kOwn;
-    fetch_team_rows(0, range.begin);
-    for (int f0 = range.begin; f0 < range.end; f0 += kTeamColumns) {
-      fetch_wait<0>();
-      __syncthreads();  // all of this stage is there, and nobody reads the other one any more
-      if (f0 + kTeamColumns < range.end) fetch_team_rows(stage ^ 1, f0 + kTeamColumns);
-      if (!idle)
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
-          work(ring + at + mine + half * T::kHalf, ring + factors + T::kScales,
-               ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
-        }
-      stage ^= 1;
-    }
-    if (idle) return;
-  } else {
-    const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
-    if (begin < range.end) fetch(0, begin);
-    fetch_commit();
-    for (int f0 = begin; f0 < range.end; f0 += step) {
-      if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
-      fetch_commit();
-      const int at = stage * S::kBytes;
-      work(ring + at, ring + at + S::kScales,
-           ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
-      __syncwarp();
-      stage ^= 1;
-    }
-  }
+  walk_columns<Team, S, T>(width, room, ring, warp, lane, idle, fetch_team_rows, fetch, work);
+  if (Team && idle) return;
   if (!Whole && m.p == nullptr && m.d_weight == nullptr) return;
   fetch_wait<0>();
   float* to =
       room.sums + (static_cast<Index>(own_tile) * gridDim.y + blockIdx.y) * S::kSums * kFragment;
-  const auto& mine = sums;
-  if (room.apart) {
-#pragma unroll
-    for (int i = 0; i < S::kSums; ++i)
-      reinterpret_cast<float4*>(to)[i * kWarp + lane] =
-          make_float4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
-  } else {
-    leave_sums<S::kSums>(to, reinterpret_cast<float*>(shared), mine);
-  }
+  leave_sums(room, to, shared, sums, lane);
 }
 
 }  // namespace

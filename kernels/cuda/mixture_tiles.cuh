@@ -280,6 +280,63 @@ __device__ inline ColumnRange columns_of(int width, int split, int splits,
   return {n * split / splits * together, n * (split + 1) / splits * together};
 }
 
+/// A warp's way through its block's columns, 32 at a time: `fetch(stage, f0)` sends the pieces of
+/// the columns from f0 on, `work(pieces, scales, factors, f0)` takes them. A team's warps go
+/// together, 64 columns at a time, which `fetch_team_rows` sends; `idle`: the warp has no rows.
+template <bool Team, class S, class T, class FetchTeam, class Fetch, class Work>
+__device__ void walk_columns(int width, const TileRoom& room, std::byte* ring, int warp, int lane,
+                             bool idle, const FetchTeam& fetch_team_rows, const Fetch& fetch,
+                             const Work& work) {
+  const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
+  const ColumnRange range = columns_of(width, static_cast<int>(blockIdx.y),
+                                       static_cast<int>(gridDim.y), Team ? kTeamColumns : kColumns);
+  int stage = 0;
+  if constexpr (Team) {
+    const int mine = warp * T::kOwn;
+    fetch_team_rows(0, range.begin);
+    for (int f0 = range.begin; f0 < range.end; f0 += kTeamColumns) {
+      fetch_wait<0>();
+      __syncthreads();  // all of this stage is there, and nobody reads the other one any more
+      if (f0 + kTeamColumns < range.end) fetch_team_rows(stage ^ 1, f0 + kTeamColumns);
+      if (!idle)
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
+          work(ring + at + mine + half * T::kHalf, ring + factors + T::kScales,
+               ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
+        }
+      stage ^= 1;
+    }
+  } else {
+    const int step = room.step(static_cast<int>(blockDim.x) / kWarp);
+    const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
+    if (begin < range.end) fetch(0, begin);
+    fetch_commit();
+    for (int f0 = begin; f0 < range.end; f0 += step) {
+      if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
+      fetch_commit();
+      const int at = stage * S::kBytes;
+      work(ring + at, ring + at + S::kScales,
+           ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
+      __syncwarp();
+      stage ^= 1;
+    }
+  }
+}
+/// Leaves a warp's sums where its tile's are, or the block's together where its warps share a tile.
+template <int Count>
+__device__ void leave_sums(const TileRoom& room, float* to, std::byte* shared,
+                           const float (&mine)[Count][4], int lane) {
+  if (room.apart) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+      reinterpret_cast<float4*>(to)[i * kWarp + lane] =
+          make_float4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
+  } else {
+    leave_sums<Count>(to, reinterpret_cast<float*>(shared), mine);
+  }
+}
+
 /// Calls f(C, K, Scaled, Factors, Whole) with the compiled variant for a call of `slots` slots.
 template <class F> void with_variant(const TileCall& c, int slots, F&& f) {
   using std::false_type;
