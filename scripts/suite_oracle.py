@@ -4,7 +4,7 @@
 Needs torch, transformers, datasets and lm-eval 0.4.x. Rows come from MIXLORA_DATA; no data is downloaded.
   suite_oracle.py texts BINARY                      every loglikelihood request of `prompts`, all rows, against lm-eval's
   suite_oracle.py scores MODEL OUT.json ROWS [SUITE...]
-                                                    both protocols' log-probabilities in float32 of each suite's first rows;
+                                                    both protocols' log-probabilities of each suite's first rows, the model in float32, softmax in float64;
                                                     what OUT.json has already stays and is not asked again
   suite_oracle.py compare OUT.json STORE.db         item by item; exit 1 when an answer or a log-probability differs too much
   suite_oracle.py judge MODEL OUT.json STORE.db SUITE LEAST
@@ -99,7 +99,8 @@ def texts(binary):
 def scores(model, out, limit, suites):
     import time, torch
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=16)
+    # With torch's log_softmax in float32 a long continuation comes out up to 2e-3 too high; lm-eval has an option for it.
+    lm = HFLM(pretrained=model, dtype="float32", softmax_dtype="float64", device="cpu", batch_size=16)
     answers = json.load(open(out)) if os.path.exists(out) else {}
     for name in suites or SUITES:
         if name in answers:
@@ -198,7 +199,7 @@ def judge(model, file, store, name, least):
     lm = in_float64(model)
     values = lm.loglikelihood([Instance(request_type="loglikelihood", doc={}, arguments=tuple(a), idx=0) for _, _, a in asked],
                               disable_tqdm=True)
-    print("| item | choice | float64 | lm-eval's float32 off by | ours off by |\n|---|---|---|---|---|")
+    print("| item | choice | float64 | OUT.json off by | ours off by |\n|---|---|---|---|---|")
     for (item, c, _), (exact, _) in zip(asked, values):
         print(f"| {item} | {c} | {exact:.4f} | {theirs[item]['loglikelihood'][c] - exact:.1e} | {ours[item][c] - exact:.1e} |")
     return 0
