@@ -9,9 +9,6 @@
 namespace mixlora {
 namespace {
 
-ConstTensor part(ConstTensor flat, Span s) {
-  return flat.col_range(s.begin, s.end).reshaped({s.end - s.begin});
-}
 std::int64_t rank_of(const Parameter& a) { return a.present() ? a.shape[0] : 0; }
 std::int64_t qkv_rank(const AdapterLayer& l) {
   return rank_of(l.qkv_a[0]) + rank_of(l.qkv_a[1]) + rank_of(l.qkv_a[2]);
@@ -94,7 +91,7 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
     each_qkv(l, [&](std::size_t p, std::int64_t from, std::int64_t to) {
       updates[j].at(p) = {a.col_range(from, to), l.qkv_b.at(p).compute, {}};
       if (l.qkv_m.at(p).present())
-        updates[j].at(p).scale = part(g.adapter->scales[i].qkv, spans.at(p));
+        updates[j].at(p).scale = cut(g.adapter->scales[i].qkv, spans.at(p));
     });
   }
 

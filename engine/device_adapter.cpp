@@ -14,10 +14,6 @@ namespace {
 bool all_qkv(const AdapterLayer& l) {
   return std::all_of(l.qkv_m.begin(), l.qkv_m.end(), [](const auto& m) { return m.present(); });
 }
-/// Numbers [begin, end) of a flat tensor.
-template <class T> T cut(T t, Span s) {
-  return t.col_range(s.begin, s.end).reshaped({s.end - s.begin});
-}
 /// Declares (scale, inverse) pairs beside every present magnitude; those of q, k, v as one.
 void declare_scales(Arena& arena, const ModelConfig& c, const AdapterLayer& l, DoraScales& s,
                     bool inverses) {

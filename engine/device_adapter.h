@@ -17,6 +17,10 @@ struct Span {
   std::int64_t begin, end;
 };
 std::array<Span, 3> qkv_spans(const ModelConfig& c);
+/// Numbers [begin, end) of a flat tensor.
+template <class T> T cut(T flat, Span s) {
+  return flat.col_range(s.begin, s.end).reshaped({s.end - s.begin});
+}
 
 /// DoRA's column scales c = m / n and 1 / n of one block; absent where there is no magnitude.
 struct DoraScales {
@@ -63,9 +67,9 @@ class DeviceAdapter {
   Tensor grads;                              // flat; of one layer when updated by layer
   Tensor norm_squared;                       // (1) f32
   std::vector<DoraScales> scales;            // one a layer; empty without DoRA
-  DoraScales d_scales;                       // gradients of one layer's scales; 0 between layers
-  Tensor stats, fraction, aux;               // (L, 2E+2), (L, E), (2): router statistics of a step
-  bool per_slot = false;                     // DoRA on down_proj: the experts' outputs stay apart
+  DoraScales d_scales;  // gradients of one layer's scales; 0 between layers (where a magnitude is)
+  Tensor stats, fraction, aux;  // (L, 2E+2), (L, E), (2): router statistics of a step
+  bool per_slot = false;        // DoRA on down_proj: the experts' outputs stay apart
   std::size_t bytes() const { return arena_.bytes(); }
 
  private:

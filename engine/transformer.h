@@ -92,12 +92,13 @@ class Transformer {
   void through_a_backward(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
                           float p, Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                           ConstTensor weight);
-  /// The same where x = rmsnorm(input), and the norm's own: d_y, x's gradient so far, is
-  /// overwritten, as is `room` (n, D).
+  /// The same, and those of a router that reads the same x.
   void through_a_and_router_backward(const Step& step, const Group& g, std::size_t layer,
                                      std::uint32_t site, float p, Tensor d_weight, Tensor d_router,
                                      Tensor d_x, ConstTensor d_a, ConstTensor d_logits,
                                      ConstTensor x, ConstTensor weight, ConstTensor router);
+  /// Through A where x = rmsnorm(input), and the norm's own: d_y, x's gradient so far, is
+  /// overwritten, as is `room` (n, D).
   void through_a_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
                                    std::uint32_t site, float p, Tensor d_weight, Tensor d_input,
                                    Tensor d_y, ConstTensor d_a, ConstTensor weight,

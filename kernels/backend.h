@@ -305,14 +305,8 @@ class Backend {
   /// angles ids give the position. `inverse` turns the other way: the backward of the forward.
   virtual void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
                     bool inverse) = 0;
-  /// y = rope(scale * x), every column scaled, the values' too; y may be x.
-  /// scale ((H + 2 Hkv) D) f32
-  virtual void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
-                          Heads heads) {
-    scale_columns(y, x, scale);
-    rope(y, y, table, ids, heads, false);
-  }
-  /// Backward of y = rope(scale * core) from the gradient of scale * core, and y itself:
+  /// Backward of y = rope(scale * core), every column scaled, the values' too, from the gradient of
+  /// scale * core, and y itself; scale ((H + 2 Hkv) D) f32.
   /// d_core = scale * d_y (may be d_y); d_scale[o] += sum_n d_y core, no scale being 0.
   virtual void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
                                    ConstTensor scale, ConstTensor table, RowIds ids,

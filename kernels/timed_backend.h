@@ -204,11 +204,6 @@ class TimedBackend final : public Backend {
             bool inverse) override {
     timed(Family::attention, "rope", [&] { inner_.rope(y, x, table, ids, heads, inverse); });
   }
-  void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
-                  Heads heads) override {
-    timed(Family::attention, "scale_rope",
-          [&] { inner_.scale_rope(y, x, scale, table, ids, heads); });
-  }
   void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
                            ConstTensor scale, ConstTensor table, RowIds ids, Heads heads) override {
     timed(Family::dora, "scale_rope_backward",

@@ -118,24 +118,6 @@ OpCase rope(const Layout& l, bool inverse) {
           }};
 }
 
-OpCase scale_rope(const Layout& l) {
-  const Index n = l.rows(), d = l.heads.head_dim;
-  return {"scale_rope " + l.name, kRounded, 7.0 * static_cast<double>(n * l.width()) / 2,
-          [=](Workbench& w) {
-            Array &x = w.input({n, l.width()}, w.act()),
-                  &scale = w.input({l.width()}, DType::f32, 0.1, 1),
-                  &table = w.numbers({n, d}, DType::f32, angles_of(n, d));
-            Array &ids = w.row_ids(n), &y = w.output("y", {n, l.width()}, w.act());
-            w.run = [=, &w, &x, &scale, &table, &ids, &y] {
-              w.ops.scale_rope(y.device, x.device, scale.device, table.device, ids.device, l.heads);
-            };
-            w.reference = [=, &x, &scale, &table, &ids, &y] {
-              reference::scale_columns(y.data(), x.data(), scale.data(), n, l.width());
-              reference::rope(y.data(), y.data(), table.data(), ids.index(), l.heads, false, n);
-            };
-          }};
-}
-
 OpCase scale_rope_backward(const Layout& l) {
   const Index n = l.rows(), d = l.heads.head_dim;
   return {"scale_rope_backward " + l.name, kSummed, 9.0 * static_cast<double>(n * l.width()) / 2,
@@ -179,7 +161,6 @@ void add_attention_cases(std::vector<OpCase>& t) {
   for (const Layout& l : layouts) {
     t.push_back(rope(l, false));
     t.push_back(rope(l, true));
-    t.push_back(scale_rope(l));
     t.push_back(scale_rope_backward(l));
     attention_cases(t, l);
   }

@@ -84,8 +84,6 @@ class CudaBackend final : public Backend {
                               ConstTensor scale) override;
   void rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads heads,
             bool inverse) override;
-  void scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table, RowIds ids,
-                  Heads heads) override;
   void scale_rope_backward(Tensor d_core, Tensor d_scale, ConstTensor d_y, ConstTensor y,
                            ConstTensor scale, ConstTensor table, RowIds ids, Heads heads) override;
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override;

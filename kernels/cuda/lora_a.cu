@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 2)
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = min(row0 + g + 8 * h, m.rows - 1);
-    ids[h] = __ldg(reinterpret_cast<const int4*>(m.ids) + row);
+    ids[h] = m.id(row);
     x[h] = m.x + row * m.stride_x + 8 * q;
   }
   std::byte* ring = memory + 16 * C * stride + warp * kStages * 2 * kPiece + 16 * lane;

@@ -1,5 +1,4 @@
-// Dropout and A together: what the kernels of few ranks (lora_a.cu) and of many (lora_a_wide.cu)
-// share.
+// Dropout and A together: what the kernels of lora_a.cu, lora_a_tiles.cu and lora_a_90a.cu share.
 #pragma once
 #include "kernels/cuda/rank_tiles.cuh"
 

@@ -10,8 +10,8 @@
 namespace mixlora::cuda {
 namespace {
 
-constexpr int kGroups = 2, kThreads = kGroups * kGroup, kTile = kDroppedTile, kStep = 64,
-              kStages = 4;
+constexpr int kGroups = 2, kThreads = kGroups * kGroup, kTile = kDroppedTile,
+              kStep = kWarpgroupStep, kStages = 4;
 constexpr int kHalf = 64 * kRowBytes;  // bytes of 64 rows of 64 numbers
 
 /// x, then Halves times 128 ranks.

@@ -1,4 +1,4 @@
-// Rotary embedding of queries and keys, with DoRA's scale of columns in the same pass.
+// Rotary embedding of queries and keys.
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cuda_backend.h"
 
@@ -9,14 +9,13 @@ using cuda::Eight;
 using cuda::Index;
 using cuda::Rows;
 
-/// A row read, a row written (in place and unscaled: the values stay unread). Its units are the
+/// A row read, a row written (in place: the values stay unread). Its units are the
 /// pairs (j, j + D/2) of the turned heads, then the values' numbers. Aligned: a chunk is one kind,
 /// one head.
-template <bool Scaled, class T> struct Rope {
+template <class T> struct Rope {
   Rows<T> y;
   Rows<const T> x;
   Rows<const float> table;
-  const float* scale;  // of each column
   const std::int32_t* ids;
   int half, pairs;  // D / 2; pairs of a row
   float sign;
@@ -26,28 +25,19 @@ template <bool Scaled, class T> struct Rope {
     else
       for (int i = 0; i < count; ++i) unit<false>(row, static_cast<int>(col) + i, 1);
   }
-  /// x, scaled.
-  template <bool Aligned> __device__ Eight read(Index row, Index col, int count) const {
-    Eight e = cuda::take<Aligned>(x.at(row, col), count);
-    if constexpr (Scaled) {
-      const Eight by = cuda::take<Aligned>(scale + col, count);
-#pragma unroll
-      for (int i = 0; i < cuda::kChunk; ++i) e.v[i] *= by.v[i];
-    }
-    return e;
-  }
   template <bool Aligned> __device__ void unit(Index row, int at, int count) const {
     if (at >= pairs) {
       const Index col = pairs + at;  // pairs are two numbers each
-      cuda::put<Aligned>(y.at(row, col), read<Aligned>(row, col, count), count);
+      cuda::put<Aligned>(y.at(row, col), cuda::take<Aligned>(x.at(row, col), count), count);
       return;
     }
     const int j = at % half;
     const Index first = 2 * (at - j) + j, second = first + half;
     const float* cosine = table.at(ids[4 * row + 1], j);
     const Eight c = cuda::take<Aligned>(cosine, count),
-                s = cuda::take<Aligned>(cosine + half, count), a = read<Aligned>(row, first, count),
-                b = read<Aligned>(row, second, count);
+                s = cuda::take<Aligned>(cosine + half, count),
+                a = cuda::take<Aligned>(x.at(row, first), count),
+                b = cuda::take<Aligned>(x.at(row, second), count);
     Eight left, right;
 #pragma unroll
     for (int i = 0; i < cuda::kChunk; ++i) {
@@ -59,38 +49,26 @@ template <bool Scaled, class T> struct Rope {
   }
 };
 
-template <bool Scaled>
-void run(cudaStream_t stream, const char* op, Tensor y, ConstTensor x, ConstTensor scale,
-         ConstTensor table, RowIds ids, const Heads& h, bool inverse) {
-  const Index half = h.head_dim / 2, pairs = (h.heads + h.kv_heads) * half;
-  cuda::expect_same(y, x, op);
-  cuda::expect(x.cols() == (h.heads + 2 * h.kv_heads) * h.head_dim && h.head_dim % 2 == 0 &&
-                   table.cols() == h.head_dim && ids.rows() == x.rows() && ids.cols() == 4 &&
-                   ids.contiguous() &&
-                   (!Scaled || (scale.numel() == x.cols() && scale.contiguous())),
-               op);
-  const Index units = pairs + (Scaled || y.data != x.data ? h.kv_heads * h.head_dim : 0);
-  const bool whole =
-      half % cuda::kChunk == 0 && cuda::aligned(y, x, table) && (!Scaled || cuda::aligned(scale));
-  cuda::with_type(x.dtype, [&](auto number) {
-    using T = decltype(number);
-    cuda::each_chunk(
-        stream, op, x.rows(), units, whole,
-        Rope<Scaled, T>{cuda::rows_of<T>(y), cuda::rows_of<T>(x), cuda::rows_of<float>(table),
-                        Scaled ? cuda::data<float>(scale) : nullptr, ids.ptr<std::int32_t>(),
-                        static_cast<int>(half), static_cast<int>(pairs), inverse ? -1.0F : 1.0F});
-  });
-}
-
 }  // namespace
 
 void CudaBackend::rope(Tensor y, ConstTensor x, ConstTensor table, RowIds ids, Heads h,
                        bool inverse) {
-  run<false>(stream_, "rope", y, x, {}, table, ids, h, inverse);
-}
-void CudaBackend::scale_rope(Tensor y, ConstTensor x, ConstTensor scale, ConstTensor table,
-                             RowIds ids, Heads h) {
-  run<true>(stream_, "scale_rope", y, x, scale, table, ids, h, false);
+  const char* op = "rope";
+  const Index half = h.head_dim / 2, pairs = (h.heads + h.kv_heads) * half;
+  cuda::expect_same(y, x, op);
+  cuda::expect(x.cols() == (h.heads + 2 * h.kv_heads) * h.head_dim && h.head_dim % 2 == 0 &&
+                   table.cols() == h.head_dim && ids.rows() == x.rows() && ids.cols() == 4 &&
+                   ids.contiguous(),
+               op);
+  const Index units = pairs + (y.data != x.data ? h.kv_heads * h.head_dim : 0);
+  const bool whole = half % cuda::kChunk == 0 && cuda::aligned(y, x, table);
+  cuda::with_type(x.dtype, [&](auto number) {
+    using T = decltype(number);
+    cuda::each_chunk(stream_, op, x.rows(), units, whole,
+                     Rope<T>{cuda::rows_of<T>(y), cuda::rows_of<T>(x), cuda::rows_of<float>(table),
+                             ids.ptr<std::int32_t>(), static_cast<int>(half),
+                             static_cast<int>(pairs), inverse ? -1.0F : 1.0F});
+  });
 }
 
 }  // namespace mixlora
