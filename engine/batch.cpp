@@ -114,6 +114,31 @@ void HostBatch::add_label(std::int32_t row, std::int32_t target, float weight) {
   weights.push_back(weight);
 }
 
+std::optional<SelectedRows> selected_rows(const HostBatch& batch) {
+  SelectedRows out;
+  for (const BatchPart& p : batch.parts) {
+    const auto from = batch.label_rows.begin() + p.label_begin,
+               to = batch.label_rows.begin() + p.label_end;
+    std::vector<std::int32_t> own(from, to);
+    std::sort(own.begin(), own.end());
+    own.erase(std::unique(own.begin(), own.end()), own.end());
+    if (own.empty()) return std::nullopt;
+    const auto begin = static_cast<std::int64_t>(out.rows.size());
+    out.begin.push_back(begin);
+    for (auto label = from; label != to; ++label)
+      out.label_rows.push_back(static_cast<std::int32_t>(
+          begin + (std::lower_bound(own.begin(), own.end(), *label) - own.begin())));
+    for (const std::int32_t row : own) {
+      out.rows.push_back(row - static_cast<std::int32_t>(p.row_begin));
+      const auto ids = batch.ids.begin() + std::int64_t{4} * row;
+      out.ids.insert(out.ids.end(), ids, ids + 4);
+    }
+  }
+  out.begin.push_back(static_cast<std::int64_t>(out.rows.size()));
+  if (4 * out.begin.back() > 3 * batch.rows()) return std::nullopt;
+  return out;
+}
+
 namespace {
 std::int64_t first_label(const TrainItem& item, TrainOn train_on) {
   return train_on == TrainOn::answer ? std::max<std::int64_t>(1, item.answer_begin) : 1;

@@ -1,6 +1,7 @@
 // Batch: which samples a step takes, and their tokens as the device reads them.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "engine/train.h"
@@ -51,6 +52,16 @@ struct HostBatch {
                             std::int32_t prefix_begin = 0, std::int32_t prefix_length = 0);
   void add_label(std::int32_t row, std::int32_t target, float weight);
 };
+
+/// The rows that a batch's labels ask for, each once, in row order: what the model's last rows are.
+struct SelectedRows {
+  std::vector<std::int32_t> rows;        // (S), counted from the part's first
+  std::vector<std::int32_t> ids;         // (S, 4)
+  std::vector<std::int64_t> begin;       // of each part in `rows`, and the end
+  std::vector<std::int32_t> label_rows;  // (M): the labels' places in `rows`
+};
+/// Nothing when it is not worth it: most rows have a label, or some part has none.
+std::optional<SelectedRows> selected_rows(const HostBatch& batch);
 
 /// Tokens of an item that are learned: positions >= 1, and in the answer when `train_on` says so.
 std::int64_t label_count(const TrainItem& item, TrainOn train_on);

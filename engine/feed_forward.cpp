@@ -23,6 +23,12 @@ Tensor stacked(Tensor gate, Tensor up) {
 /// Every row's only slot, of weight 1.
 bool one_expert(const Slots& s) { return !s.expert && s.experts == 1; }
 
+/// i32 to be moved as it is by what moves f32.
+Tensor as_f32(Tensor t) {
+  t.dtype = DType::f32;
+  return t;
+}
+
 Tensor flat_row(Tensor t, std::size_t i) {
   const auto at = static_cast<std::int64_t>(i);
   return t.row_range(at, at + 1).reshaped({t.cols()});
@@ -66,26 +72,63 @@ void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Te
   const trace::Range range(ops_, "feed_forward");
   const ModelConfig& c = model_.config;
   const Scratch::Frame frame(scratch_);
-  // Switch's jitter changes what its experts and its router see.
-  for (const Group& g : step.groups) {
-    if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
-    const float amount = rate(step, static_cast<float>(jitter_noise(g.adapter->spec)));
-    const Tensor rows = normed.row_range(g.begin, g.end);
-    if (amount > 0)
-      ops_.jitter(rows, rows, amount, g.adapter->seed, static_cast<std::int32_t>(i), ids(step, g));
-  }
-  const bool keep = step.training && recompute_ != Recompute::gate_up;
-  k.gate_up = (keep ? kept_ : scratch_).take({step.rows, 2 * c.ffn}, normed.dtype);
-  ops_.linear(k.gate_up, normed, model_.layers[i].gate_up);
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    group_feed_forward(step, i, j, k.groups[j], normed.row_range(g.begin, g.end),
+    if (g.adapter != nullptr)
+      route_group(step, i, g, k.groups[j], normed.row_range(g.begin, g.end));
+  }
+  const Step& rows = behind(step, i);
+  ConstTensor x = normed;
+  if (narrows(step, i)) {
+    const Tensor some = scratch_.take({rows.rows, c.hidden}, normed.dtype);
+    gather(step, some, normed);
+    x = some;
+  }
+  const bool keep = step.training && recompute_ != Recompute::gate_up;
+  k.gate_up = (keep ? kept_ : scratch_).take({rows.rows, 2 * c.ffn}, normed.dtype);
+  ops_.linear(k.gate_up, x, model_.layers[i].gate_up);
+  for (std::size_t j = 0; j < rows.groups.size(); ++j) {
+    const Group& g = rows.groups[j];
+    group_feed_forward(rows, i, j, k.groups[j], x.row_range(g.begin, g.end),
                        k.gate_up.row_range(g.begin, g.end), delta.row_range(g.begin, g.end), again);
   }
 }
 
+/// The slots of a group's rows; of the selected ones too where the layer hands on those alone.
+void Transformer::route_group(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
+                              Tensor normed) {
+  const DeviceAdapter& ad = *g.adapter;
+  gk.slots.experts = ad.experts;
+  gk.slots.count = ad.slots;
+  gk.slots.rank = ad.rank;
+  if (!has_router(ad.spec)) return;
+  // Switch's jitter changes what its experts and its router see.
+  const float amount = rate(step, static_cast<float>(jitter_noise(ad.spec)));
+  if (amount > 0)
+    ops_.jitter(normed, normed, amount, g.adapter->seed, static_cast<std::int32_t>(i),
+                ids(step, g));
+  const auto take = [&](std::int64_t n) {
+    Slots s = gk.slots;
+    s.expert = kept_.take({n, ad.slots}, DType::i32);
+    s.weight = kept_.take({n, ad.slots}, DType::f32);
+    return s;
+  };
+  gk.logits = kept_.take({g.rows(), ad.experts}, DType::f32);
+  gk.probabilities = kept_.take({g.rows(), ad.experts}, DType::f32);
+  gk.routed = take(g.rows());
+  ops_.router_logits(gk.logits, normed, layer_of(g, i).router.value);
+  ops_.route(gk.routed, gk.probabilities, flat_row(ad.stats, i), gk.logits, ad.router, g.sequences);
+  gk.slots = gk.routed;
+  if (!narrows(step, i)) return;
+  gk.slots = take(g.selected_end - g.selected_begin);
+  const ConstTensor index = cut(step.selected, {g.selected_begin, g.selected_end});
+  ops_.gather_rows(as_f32(gk.slots.expert), as_f32(gk.routed.expert), index);
+  ops_.gather_rows(gk.slots.weight, gk.routed.weight, index);
+}
+
 void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_t j, GroupKept& gk,
-                                     Tensor normed, ConstTensor gate_up, Tensor delta, bool again) {
+                                     ConstTensor normed, ConstTensor gate_up, Tensor delta,
+                                     bool again) {
   const Group& g = step.groups[j];
   const ModelConfig& c = model_.config;
   const std::int64_t n = g.rows();
@@ -100,18 +143,6 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
   const DeviceAdapter& ad = *g.adapter;
   const AdapterLayer& l = layer_of(g, i);
   const std::int64_t width = ad.experts * ad.rank;
-  gk.slots.experts = ad.experts;
-  gk.slots.count = ad.slots;
-  gk.slots.rank = ad.rank;
-  if (has_router(ad.spec)) {
-    gk.logits = kept_.take({n, ad.experts}, DType::f32);
-    gk.probabilities = kept_.take({n, ad.experts}, DType::f32);
-    gk.slots.expert = kept_.take({n, ad.slots}, DType::i32);
-    gk.slots.weight = kept_.take({n, ad.slots}, DType::f32);
-    ops_.router_logits(gk.logits, normed, l.router.value);
-    ops_.route(gk.slots, gk.probabilities, flat_row(ad.stats, i), gk.logits, ad.router,
-               g.sequences);
-  }
   if (has_a(l)) {
     gk.a_ffn = kept_.take({n, 2 * width}, type);
     const auto through = [&](Tensor a, ConstTensor weight) {
@@ -156,20 +187,29 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
   if (p > 0) ops_.dropout(delta, delta, dropout_of(g, i, site_ffn_output, p), ids(step, g));
 }
 
-/// Adds the feed-forward half's gradient to d_x, which holds the gradient of x2 +
-/// feed_forward(norm(x2)).
-void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x) {
+/// From d_out, the gradient of x2 + feed_forward(norm(x2)), that of x2 in d_x. They are the same
+/// tensor, but where the layer hands on selected rows alone: there d_out has those.
+void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x,
+                                        Tensor d_out) {
   const trace::Range range(ops_, "feed_forward_backward");
   const ModelConfig& c = model_.config;
   const LayerWeights& w = model_.layers[i];
   const std::int64_t n = step.rows;
   const DType type = d_x.dtype;
   const Scratch::Frame frame(scratch_);
+  const bool narrow = narrows(step, i);
+  const Step& rows = behind(step, i);
   const Tensor normed = scratch_.take({n, c.hidden}, type),
                d_normed = scratch_.take({n, c.hidden}, type);
+  // What the experts saw, and its gradient.
+  Tensor x = normed, d_in = d_normed;
+  if (narrow) {
+    x = scratch_.take({rows.rows, c.hidden}, type);
+    d_in = scratch_.take({rows.rows, c.hidden}, type);
+  }
   // A of gate and up goes with the norm before it where nothing else reads the norm's rows.
   const auto with_norm = [&](const Group& g) {
-    if (g.adapter == nullptr || has_router(g.adapter->spec)) return false;
+    if (narrow || g.adapter == nullptr || has_router(g.adapter->spec)) return false;
     const AdapterLayer& l = layer_of(g, i);
     return stacked(l.gate_a.compute, l.up_a.compute) && stacked(l.gate_a.grad, l.up_a.grad);
   };
@@ -180,20 +220,21 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
   for (const Group& g : step.groups) {
     if (g.adapter == nullptr || !has_router(g.adapter->spec)) continue;
     const auto amount = static_cast<float>(jitter_noise(g.adapter->spec));
-    const Tensor rows = normed.row_range(g.begin, g.end);
+    const Tensor own = normed.row_range(g.begin, g.end);
     if (amount > 0)
-      ops_.jitter(rows, rows, amount, g.adapter->seed, static_cast<std::int32_t>(i), ids(step, g));
+      ops_.jitter(own, own, amount, g.adapter->seed, static_cast<std::int32_t>(i), ids(step, g));
   }
+  if (narrow) gather(step, x, normed);
   if (recompute_ == Recompute::gate_up) {
-    k.gate_up = scratch_.take({n, 2 * c.ffn}, type);
-    ops_.linear(k.gate_up, normed, w.gate_up);
+    k.gate_up = scratch_.take({rows.rows, 2 * c.ffn}, type);
+    ops_.linear(k.gate_up, x, w.gate_up);
   }
-  const Tensor d_gate_up = scratch_.take({n, 2 * c.ffn}, type);
+  const Tensor d_gate_up = scratch_.take({rows.rows, 2 * c.ffn}, type);
   std::vector<Tensor> ps(step.groups.size()), d_weights(step.groups.size()),
       d_overflow(step.groups.size());
 
-  for (std::size_t j = 0; j < step.groups.size(); ++j) {
-    const Group& g = step.groups[j];
+  for (std::size_t j = 0; j < rows.groups.size(); ++j) {
+    const Group& g = rows.groups[j];
     GroupKept& gk = k.groups[j];
     if (g.adapter != nullptr) {
       const DeviceAdapter& ad = *g.adapter;
@@ -205,8 +246,8 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
       }
     }
     const Scratch::Frame inner(scratch_);
-    Tensor d_y = d_x.row_range(g.begin, g.end);
-    const Mixture m = mixture_of(step, i, g, gk, k.gate_up.row_range(g.begin, g.end));
+    Tensor d_y = d_out.row_range(g.begin, g.end);
+    const Mixture m = mixture_of(rows, i, g, gk, k.gate_up.row_range(g.begin, g.end));
     const Tensor d_part = d_gate_up.row_range(g.begin, g.end);
     if (g.adapter == nullptr) {
       const Tensor d_h = scratch_.take({g.rows(), c.ffn}, type);
@@ -220,7 +261,7 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     if (output_p > 0 || d_overflow[j]) {
       const Tensor own = scratch_.take({g.rows(), c.hidden}, type);
       if (output_p > 0)
-        ops_.dropout(own, d_y, dropout_of(g, i, site_ffn_output, output_p), ids(step, g));
+        ops_.dropout(own, d_y, dropout_of(g, i, site_ffn_output, output_p), ids(rows, g));
       else
         ops_.copy(own, d_y);
       d_y = own;
@@ -229,19 +270,19 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
         d_overflow[j] ? scratch_.take({g.rows(), ad.slots}, DType::f32) : Tensor();
     if (d_overflow[j]) {
       ops_.zero(d_weight_over);
-      ops_.overflow_input_backward(d_overflow[j], d_weight_over, d_y,
-                                   normed.row_range(g.begin, g.end), gk.slots);
+      ops_.overflow_input_backward(d_overflow[j], d_weight_over, d_y, x.row_range(g.begin, g.end),
+                                   gk.slots);
     }
-    const std::int64_t rows = ad.per_slot ? ad.slots * g.rows() : g.rows();
+    const std::int64_t taken = ad.per_slot ? ad.slots * g.rows() : g.rows();
     const std::int64_t width = ad.experts * ad.rank;
     const bool down = l.down_a.present();
     ConstTensor d_core = d_y;
     if (ad.per_slot) {
       const Tensor slots_d = scratch_.take({ad.slots, g.rows(), c.hidden}, type);
-      const Tensor own = slots_d.reshaped({rows, c.hidden});
+      const Tensor own = slots_d.reshaped({taken, c.hidden});
       if (one_expert(gk.slots))
         ops_.scale_columns_backward(own, flat_row(ad.d_scales.down, 0), d_y,
-                                    gk.core_down.reshaped({rows, c.hidden}),
+                                    gk.core_down.reshaped({taken, c.hidden}),
                                     flat_row(ad.scales[i].down, 0));
       else
         ops_.slot_combine_backward(slots_d, d_weights[j], ad.d_scales.down, d_y, gk.core_down,
@@ -250,11 +291,11 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     }
     const Tensor d_h = scratch_.take(
         ad.per_slot ? Shape{ad.slots, g.rows(), c.ffn} : Shape{g.rows(), c.ffn}, type);
-    ops_.linear_backward(d_h.reshaped({rows, c.ffn}), d_core, w.down, false);
+    ops_.linear_backward(d_h.reshaped({taken, c.ffn}), d_core, w.down, false);
     Tensor q;
     if (down) {
-      q = scratch_.take({rows, width}, type);
-      const LowRankBackward b{l.down_b.grad, q, d_core, by_expert(gk, rows, ad.per_slot),
+      q = scratch_.take({taken, width}, type);
+      const LowRankBackward b{l.down_b.grad, q, d_core, by_expert(gk, taken, ad.per_slot),
                               l.down_b.compute};
       ops_.lora_b_backward({&b, 1}, 1);
     }
@@ -267,16 +308,28 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     if (d_overflow[j] && d_weights[j]) ops_.add(d_weights[j], d_weight_over);
   }
 
-  ops_.linear_backward(d_normed, d_gate_up, w.gate_up, false);
+  ops_.linear_backward(d_in, d_gate_up, w.gate_up, false);
+  if (narrow) {
+    ops_.zero(d_x);
+    scatter_add(step, d_x, d_out);
+  }
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
-    const Tensor rows = normed.row_range(g.begin, g.end),
-                 d_rows = d_normed.row_range(g.begin, g.end),
-                 d_x_rows = d_x.row_range(g.begin, g.end);
+    const Group& taken = rows.groups[j];
+    const Tensor own = normed.row_range(g.begin, g.end), d_own = d_normed.row_range(g.begin, g.end),
+                 d_x_rows = d_x.row_range(g.begin, g.end),
+                 d_in_rows = d_in.row_range(taken.begin, taken.end);
     const ConstTensor x2 = k.x2.row_range(g.begin, g.end),
-                      r2 = k.r2.col_range(g.begin, g.end).reshaped({g.rows()});
+                      r2 = k.r2.col_range(g.begin, g.end).reshaped({g.rows()}),
+                      x_rows = x.row_range(taken.begin, taken.end);
+    // From here on of all the group's rows: those that were not taken have no gradient yet.
+    const auto widen = [&](Tensor all, ConstTensor some) {
+      ops_.zero(all);
+      ops_.scatter_add_rows(all, some, cut(step.selected, {taken.begin, taken.end}));
+    };
     if (g.adapter == nullptr) {
-      ops_.rmsnorm_backward(d_x_rows, d_rows, x2, w.post_norm, r2);
+      if (narrow) widen(d_own, d_in_rows);
+      ops_.rmsnorm_backward(d_x_rows, d_own, x2, w.post_norm, r2);
       continue;
     }
     const DeviceAdapter& ad = *g.adapter;
@@ -284,8 +337,8 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const Scratch::Frame inner(scratch_);
     if (with_norm(g)) {
       through_a_and_norm_backward(
-          step, g, i, site_ffn, ad.expert_p, stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_rows,
-          ps[j], stacked(l.gate_a.compute, l.up_a.compute), x2, w.post_norm, r2, rows);
+          step, g, i, site_ffn, ad.expert_p, stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_own,
+          ps[j], stacked(l.gate_a.compute, l.up_a.compute), x2, w.post_norm, r2, own);
       continue;
     }
     const bool routed = has_router(ad.spec);
@@ -294,22 +347,25 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
       const bool losses = ad.spec.router_loss;
       const float coef = losses ? static_cast<float>(ad.spec.router_aux_loss_coef) : 0;
       const bool z = losses && ad.spec.routing_strategy == Routing::mixlora_switch;
+      Tensor d_weight = d_weights[j];
+      if (narrow) widen(d_weight = scratch_.take({g.rows(), ad.slots}, DType::f32), d_weights[j]);
       d_logits = scratch_.take({g.rows(), ad.experts}, DType::f32);
-      ops_.route_backward(d_logits, d_weights[j], k.groups[j].slots, k.groups[j].probabilities,
+      ops_.route_backward(d_logits, d_weight, k.groups[j].routed, k.groups[j].probabilities,
                           k.groups[j].logits, flat_row(ad.fraction, i), ad.router, coef,
                           z ? static_cast<float>(ad.spec.router_z_loss_coef) : 0,
                           static_cast<std::int64_t>(model_.layers.size()), g.aux_factor);
     }
     const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
                  d_both = stacked(l.gate_a.grad, l.up_a.grad);
-    const bool together = ps[j] && both && d_both && routed;
+    const bool together = ps[j] && both && d_both && routed && !narrow;
     if (together) {
-      through_a_and_router_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad,
-                                    d_rows, ps[j], d_logits, rows, both, l.router.value);
+      through_a_and_router_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad, d_own,
+                                    ps[j], d_logits, own, both, l.router.value);
     } else if (ps[j]) {
       const std::int64_t width = ad.experts * ad.rank;
       const auto through = [&](Tensor d_weight, ConstTensor p, ConstTensor weight) {
-        through_a_backward(step, g, i, site_ffn, ad.expert_p, d_weight, d_rows, p, rows, weight);
+        through_a_backward(rows, taken, i, site_ffn, ad.expert_p, d_weight, d_in_rows, p, x_rows,
+                           weight);
       };
       if (both && d_both) {
         through(d_both, ps[j], both);
@@ -319,14 +375,15 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
           through(l.up_a.grad, ps[j].col_range(width, 2 * width), l.up_a.compute);
       }
     }
+    if (d_overflow[j]) ops_.add(d_in_rows, d_overflow[j]);
+    if (narrow) widen(d_own, d_in_rows);
     if (routed) {
-      if (!together) ops_.router_backward(l.router.grad, d_rows, d_logits, rows, l.router.value);
-      if (d_overflow[j]) ops_.add(d_rows, d_overflow[j]);
+      if (!together) ops_.router_backward(l.router.grad, d_own, d_logits, own, l.router.value);
       const auto amount = static_cast<float>(jitter_noise(ad.spec));
       if (amount > 0)
-        ops_.jitter(d_rows, d_rows, amount, ad.seed, static_cast<std::int32_t>(i), ids(step, g));
+        ops_.jitter(d_own, d_own, amount, ad.seed, static_cast<std::int32_t>(i), ids(step, g));
     }
-    ops_.rmsnorm_backward(d_x_rows, d_rows, x2, w.post_norm, r2);
+    ops_.rmsnorm_backward(d_x_rows, d_own, x2, w.post_norm, r2);
   }
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "engine/plan_backend.h"
 #include "kernels/trace.h"
@@ -42,6 +44,7 @@ Pass::Pass(Backend& ops, const Model& model, std::vector<DeviceAdapter*> adapter
       model_(model),
       adapters_(std::move(adapters)),
       training_(training),
+      narrow_(!training || 4 * capacity.labels <= 3 * capacity.rows),
       inputs_("inputs"),
       transformer_(ops, model, kept_, scratch_, recompute) {
   const auto i32 = [&](const char* name, Tensor& t, Shape s) {
@@ -55,6 +58,9 @@ Pass::Pass(Backend& ops, const Model& model, std::vector<DeviceAdapter*> adapter
   i32("sequences", sequences_, {capacity.sequences, 4});
   i32("own_sequences", own_sequences_, {capacity.sequences, 4});
   i32("label_rows", label_rows_, {capacity.labels});
+  const std::int64_t most = std::min(capacity.rows, capacity.labels);
+  i32("selected", selected_, {most});
+  i32("selected_ids", selected_ids_, {most, 4});
   i32("targets", targets_, {capacity.labels});
   f32("weights", weights_, {capacity.labels});
   f32("losses", losses_, {capacity.labels});
@@ -89,15 +95,30 @@ void Pass::run_largest(const HostBatch& largest) {
   scratch_.commit(ops_, kEndless);
   for (DeviceAdapter* a : adapters_)
     if (a != nullptr) a->mark_changed();
-  if (training_) {
-    train(largest, std::vector<float>(largest.parts.size(), 1.0F));
-  } else {
-    std::vector<float> log_prob, greedy;
-    log_probs(largest, log_prob, greedy);
-    label_logits(largest, std::vector<std::int32_t>(kMaxColumns));
+  // Memory grows with the rows that are handed on, and with all rows: the ends are enough.
+  const bool narrow = std::exchange(narrow_, false);
+  run(largest);
+  narrow_ = narrow;
+  HostBatch fewer = largest;
+  if (!training_) {  // one part, of more labels than let it narrow, perhaps
+    const std::int64_t labels = std::min(fewer.parts[0].label_end, 3 * largest.rows() / 4);
+    for (auto* v : {&fewer.label_rows, &fewer.targets}) v->resize(static_cast<std::size_t>(labels));
+    fewer.weights.resize(fewer.targets.size());
+    fewer.parts[0].label_end = labels;
   }
+  if (narrow) run(fewer);
   for (DeviceAdapter* a : adapters_)  // nothing was computed
     if (a != nullptr) a->mark_changed();
+}
+
+void Pass::run(const HostBatch& batch) {
+  if (training_) {
+    train(batch, std::vector<float>(batch.parts.size(), 1.0F));
+  } else {
+    std::vector<float> log_prob, greedy;
+    log_probs(batch, log_prob, greedy);
+    label_logits(batch, std::vector<std::int32_t>(kMaxColumns));
+  }
 }
 
 Step Pass::upload(const HostBatch& batch) {
@@ -109,13 +130,22 @@ Step Pass::upload(const HostBatch& batch) {
   const Tensor table = put(ops_, sequences_, batch.sequences, 4),
                own = put(ops_, own_sequences_, batch.own_sequences, 4);
   s.sequences = {table, table.rows(), batch.max_length, batch.max_prefix};
-  put(ops_, label_rows_, batch.label_rows, 1);
+  const std::optional<SelectedRows> selected = narrow_ ? selected_rows(batch) : std::nullopt;
+  put(ops_, label_rows_, selected ? selected->label_rows : batch.label_rows, 1);
+  if (selected) {
+    s.selected = put(ops_, selected_, selected->rows, 1);
+    s.selected_ids = put(ops_, selected_ids_, selected->ids, 4);
+  }
   put(ops_, targets_, batch.targets, 1);
   put(ops_, weights_, batch.weights, 1);
-  for (const BatchPart& p : batch.parts) {
+  for (std::size_t j = 0; j < batch.parts.size(); ++j) {
+    const BatchPart& p = batch.parts[j];
     const Sequences rows{own.row_range(p.sequence_begin, p.sequence_end),
                          p.sequence_end - p.sequence_begin, batch.max_length, batch.max_prefix};
     s.groups.push_back({p.row_begin, p.row_end, adapters_.at(p.job), rows, 1.0F});
+    if (!selected) continue;
+    s.groups.back().selected_begin = selected->begin[j];
+    s.groups.back().selected_end = selected->begin[j + 1];
   }
   return s;
 }
@@ -161,7 +191,7 @@ void Pass::train(const HostBatch& batch, const std::vector<float>& aux_factors) 
                       z ? static_cast<float>(a.router_z_loss_coef) : 0,
                       a.router_aux_loss_scope == AuxScope::layer);
   }
-  const Tensor d_hidden = scratch_.take({step.rows, model_.config.hidden}, ops_.activation_type());
+  const Tensor d_hidden = scratch_.take(hidden.shape, hidden.dtype);
   loss(batch, hidden, d_hidden);
   transformer_.backward(step, d_hidden);
   for (const BatchPart& p : batch.parts)

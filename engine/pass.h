@@ -53,6 +53,7 @@ class Pass {
   Pass(Backend& ops, const Model& model, std::vector<DeviceAdapter*> adapters,
        const Capacity& capacity, bool training, Recompute recompute);
   void run_largest(const HostBatch& largest);
+  void run(const HostBatch& batch);
   Step upload(const HostBatch& batch);
   void loss(const HostBatch& batch, ConstTensor hidden, Tensor d_hidden);
   std::int64_t chunk() const;
@@ -61,11 +62,12 @@ class Pass {
   const Model& model_;
   std::vector<DeviceAdapter*> adapters_;
   bool training_;
+  bool narrow_;  // whether a batch may hand on the rows of its labels alone
   Arena inputs_;
   Scratch kept_, scratch_;
   Transformer transformer_;
-  Tensor tokens_, ids_, sequences_, own_sequences_, label_rows_, targets_, weights_, losses_,
-      greedy_, columns_, sums_;
+  Tensor tokens_, ids_, sequences_, own_sequences_, label_rows_, selected_, selected_ids_, targets_,
+      weights_, losses_, greedy_, columns_, sums_;
 };
 
 }  // namespace mixlora

@@ -97,7 +97,8 @@ Pass& Scorer::pass_for(const HostBatch& b) {
   largest.begin_part(0);
   largest.add_sequence(std::vector<std::int32_t>(static_cast<std::size_t>(rows_)), 0, 0);
   for (std::int64_t i = 1; i < sequences_; ++i) largest.add_sequence({}, 0, 0);
-  for (std::int64_t i = 0; i < labels_; ++i) largest.add_label(0, 0, 0);
+  for (std::int64_t i = 0; i < labels_; ++i)
+    largest.add_label(static_cast<std::int32_t>(i % rows_), 0, 0);
   largest.end_part();
   pass_.reset();
   pass_ = std::make_unique<Pass>(ops_, model_, std::vector<DeviceAdapter*>{adapter_.get()}, largest,

@@ -82,7 +82,8 @@ HostBatch largest_batch(const std::vector<TrainJob>& jobs, const std::vector<Sam
     const auto first =
         b.add_sequence(std::vector<std::int32_t>(static_cast<std::size_t>(rows)), 0, 0);
     for (std::int64_t i = 1; i < sequences; ++i) b.add_sequence({}, 0, 0);
-    for (std::int64_t i = 0; i < labels; ++i) b.add_label(first, 0, 0);
+    for (std::int64_t i = 0; i < labels; ++i)
+      b.add_label(first + static_cast<std::int32_t>(i % rows), 0, 0);
     b.end_part();
     b.max_length = std::max(b.max_length, longest);
   }

@@ -7,6 +7,38 @@
 #include "kernels/trace.h"
 
 namespace mixlora {
+namespace {
+
+/// The selected rows of a step. Their sequences stay unsaid: nothing behind attention and routers
+/// asks for them.
+Step selected_of(const Step& step) {
+  Step s;
+  s.rows = step.selected.numel();
+  s.ids = step.selected_ids;
+  s.training = step.training;
+  for (const Group& g : step.groups) {
+    s.groups.push_back(g);
+    s.groups.back().begin = g.selected_begin;
+    s.groups.back().end = g.selected_end;
+    s.groups.back().sequences = {};
+  }
+  return s;
+}
+
+}  // namespace
+
+void Transformer::gather(const Step& step, Tensor to, ConstTensor from) {
+  for (const Group& g : step.groups)
+    ops_.gather_rows(to.row_range(g.selected_begin, g.selected_end), from.row_range(g.begin, g.end),
+                     cut(step.selected, {g.selected_begin, g.selected_end}));
+}
+
+void Transformer::scatter_add(const Step& step, Tensor to, ConstTensor from) {
+  for (const Group& g : step.groups)
+    ops_.scatter_add_rows(to.row_range(g.begin, g.end),
+                          from.row_range(g.selected_begin, g.selected_end),
+                          cut(step.selected, {g.selected_begin, g.selected_end}));
+}
 
 Dropout Transformer::dropout_of(const Group& g, std::size_t layer, std::uint32_t site,
                                 float p) const {
@@ -96,6 +128,7 @@ Tensor Transformer::forward(const Step& step) {
     if (g.adapter != nullptr) g.adapter->refresh_scales(ops_, model_, scratch_);
 
   const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
+  if (step.selected) selected_ = selected_of(step);
   layers_.assign(count + 1, {});
   pending_.assign(step.groups.size(), {});
   // Without training two inputs take turns; with it every layer keeps its own.
@@ -104,11 +137,14 @@ Tensor Transformer::forward(const Step& step) {
     for (auto& [x, r] : turns) x = kept_.take({n, d}, type), r = kept_.take({n}, DType::f32);
   const auto open = [&](std::size_t i) {
     LayerKept& k = layers_[i];
+    const std::int64_t rows = i < count ? n : behind(step, i - 1).rows;
     if (step.training) {
-      k.x = kept_.take({n, d}, type);
-      k.r1 = kept_.take({n}, DType::f32);
+      k.x = kept_.take({rows, d}, type);
+      k.r1 = kept_.take({rows}, DType::f32);
     } else {
-      std::tie(k.x, k.r1) = turns.at(i % 2);
+      const auto& [x, r] = turns.at(i % 2);
+      k.x = x.row_range(0, rows);
+      k.r1 = cut(r, {0, rows});
     }
   };
   open(0);
@@ -120,10 +156,21 @@ Tensor Transformer::forward(const Step& step) {
     std::optional<Scratch::Frame> frame;
     if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
     layer_forward(step, i, layers_[i], normed, delta, false);
-    const ConstTensor norm = i + 1 < count ? model_.layers[i + 1].input_norm : model_.final_norm;
-    add_and_norm(step, layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta, norm);
+    if (i + 1 < count)
+      add_and_norm(step, layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta,
+                   model_.layers[i + 1].input_norm);
   }
-  return normed;
+  const Step& last = behind(step, count - 1);
+  const Tensor hidden = normed.row_range(0, last.rows);
+  ConstTensor x2 = layers_[count - 1].x2;
+  if (step.selected) {
+    const Tensor rows = scratch_.take({last.rows, d}, type);
+    gather(step, rows, x2);
+    x2 = rows;
+  }
+  add_and_norm(last, layers_[count].x, hidden, layers_[count].r1, x2, delta.row_range(0, last.rows),
+               model_.final_norm);
+  return hidden;
 }
 
 void Transformer::backward(const Step& step, ConstTensor d_hidden) {
@@ -133,8 +180,9 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
   const auto count = model_.layers.size();
   const Scratch::Frame outer(scratch_);
   const Tensor d_x = scratch_.take({n, d}, type);
-  ops_.zero(d_x);
-  ops_.rmsnorm_backward(d_x, d_hidden, layers_[count].x, model_.final_norm, layers_[count].r1);
+  const Tensor d_last = step.selected ? scratch_.take({d_hidden.rows(), d}, type) : d_x;
+  ops_.zero(d_last);
+  ops_.rmsnorm_backward(d_last, d_hidden, layers_[count].x, model_.final_norm, layers_[count].r1);
   for (std::size_t i = count; i-- > 0;) {
     const trace::Range layer(ops_, "layer", static_cast<std::int64_t>(i));
     LayerKept& k = layers_[i];
@@ -146,12 +194,14 @@ void Transformer::backward(const Step& step, ConstTensor d_hidden) {
       ops_.rmsnorm_again(normed, k.x, model_.layers[i].input_norm, k.r1);
       layer_forward(step, i, k, normed, delta, true);
       // Rows that DoRA keeps before their scale: completed as in forward, to the bit.
+      const Step& rows = behind(step, i);
       if (std::any_of(pending_.begin(), pending_.end(),
                       [](const Pending& p) { return bool(p.core); }))
-        add_and_norm(step, delta, normed, scratch_.take({n}, DType::f32), k.x2, delta,
-                     model_.final_norm);
+        add_and_norm(rows, delta.row_range(0, rows.rows), normed.row_range(0, rows.rows),
+                     scratch_.take({rows.rows}, DType::f32), k.x2.row_range(0, rows.rows),
+                     delta.row_range(0, rows.rows), model_.final_norm);
     }
-    feed_forward_backward(step, i, k, d_x);
+    feed_forward_backward(step, i, k, d_x, narrows(step, i) ? d_last : d_x);
     attention_backward(step, i, k, d_x);
     for (const Group& g : step.groups)
       if (g.adapter != nullptr) g.adapter->finish_layer(ops_, i);

@@ -17,6 +17,7 @@ struct Group {
   DeviceAdapter* adapter = nullptr;  // null: the base model alone
   Sequences sequences;
   float aux_factor = 1;  // share of the optimizer step's tokens that this group's rows are
+  std::int64_t selected_begin = 0, selected_end = 0;  // its part of Step::selected
   std::int64_t rows() const { return end - begin; }
 };
 
@@ -27,7 +28,12 @@ struct Step {
   Tensor ids;     // (N, 4) i32: sample, position, step, adapter
   Sequences sequences;
   std::vector<Group> groups;  // in row order, covering all rows
-  bool training = false;      // dropout and jitter on, things kept for backward
+  /// The rows whose hidden state is wanted, (S) i32, counted from their group's first, no row
+  /// twice; absent: all. Nothing else reads what the last block's feed-forward half makes of a row,
+  /// so that half runs on these alone, behind its router, which chooses (and has its loss) by all.
+  Tensor selected;
+  Tensor selected_ids;    // (S, 4) i32: their ids
+  bool training = false;  // dropout and jitter on, things kept for backward
 };
 
 /// What one group keeps of one layer for backward; absent parts are not used by its method.
@@ -38,15 +44,17 @@ struct GroupKept {
   Tensor a_ffn;                  // (n, 2 E R)
   Tensor z;                      // (n, K R)
   Tensor logits, probabilities;  // (n, E) f32
-  Slots slots;
-  Tensor core_down;  // (K, n, D) before DoRA's scale
+  Slots routed;                  // of all rows
+  Slots slots;                   // of those that the experts take
+  Tensor core_down;              // (K, n, D) before DoRA's scale
 };
 struct LayerKept {
   Tensor x, r1;    // (N, D) input of the layer; (N) f32 its 1/rms
   Tensor qkv;      // (N, (H + 2 Hkv) head_dim), scaled and roped
   Tensor o, lse;   // (N, H head_dim); (N, H) f32
   Tensor x2, r2;   // (N, D) after attention; (N) f32
-  Tensor gate_up;  // (N, 2F)
+  Tensor gate_up;  // (N, 2F); in the last layer, as what its groups keep behind their routers, of
+                   // the step's selected rows alone
   std::vector<GroupKept> groups;
 };
 
@@ -58,7 +66,8 @@ class Transformer {
               Recompute recompute)
       : ops_(ops), model_(model), kept_(kept), scratch_(scratch), recompute_(recompute) {}
 
-  /// Final normalised hidden rows (N, D), in scratch memory of the caller's frame.
+  /// Final normalised hidden rows (N, D), or the selected ones (S, D), in scratch memory of the
+  /// caller's frame.
   Tensor forward(const Step& step);
   /// From the gradient of forward's result; adds into the adapters' gradients.
   void backward(const Step& step, ConstTensor d_hidden);
@@ -71,9 +80,23 @@ class Transformer {
   void attention_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
   void feed_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed, Tensor delta,
                     bool again);
+  void route_group(const Step& step, std::size_t i, const Group& g, GroupKept& gk, Tensor normed);
   void group_feed_forward(const Step& step, std::size_t i, std::size_t j, GroupKept& gk,
-                          Tensor normed, ConstTensor gate_up, Tensor delta, bool again);
-  void feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x);
+                          ConstTensor normed, ConstTensor gate_up, Tensor delta, bool again);
+  void feed_forward_backward(const Step& step, std::size_t i, LayerKept& k, Tensor d_x,
+                             Tensor d_out);
+
+  /// Whether layer i hands on the selected rows alone.
+  bool narrows(const Step& step, std::size_t i) const {
+    return step.selected && i + 1 == model_.layers.size();
+  }
+  /// The step that layer i's experts see, and what follows it.
+  const Step& behind(const Step& step, std::size_t i) const {
+    return narrows(step, i) ? selected_ : step;
+  }
+  /// The selected rows of all groups; back again, added.
+  void gather(const Step& step, Tensor to, ConstTensor from);
+  void scatter_add(const Step& step, Tensor to, ConstTensor from);
 
   Tensor by_expert(const GroupKept& gk, std::int64_t rows, bool per_slot);
   /// sum = x + delta and what is pending, normed = rmsnorm(sum).
@@ -110,6 +133,7 @@ class Transformer {
   Scratch& scratch_;
   Recompute recompute_;
   std::vector<LayerKept> layers_;
+  Step selected_;  // the step's selected rows as a step of their own
   /// What a group's delta still lacks, added where it is read; `core`: its rows, elsewhere.
   struct Pending {
     LowRank update;

@@ -37,16 +37,21 @@ struct Figures {
 };
 
 /// The large products of a step and nothing else: the floor of a method. `down_rows` is what the
-/// down projection takes: the rows, once, or once a slot for MixDoRA.
+/// down projection takes: the rows, once, or once a slot for MixDoRA; `last` the share of the rows
+/// that the last layer's feed-forward half takes, in training and in scoring.
+struct LastRows {
+  double trained = 1, scored = 1;
+};
 class ProductsOnly {
  public:
   ProductsOnly(Backend& ops, const Model& model, std::int64_t rows, std::int64_t labels,
-               std::int64_t down_rows)
+               std::int64_t down_rows, LastRows last)
       : ops_(ops),
         model_(model),
         rows_(rows),
         labels_(labels),
         down_rows_(down_rows),
+        last_(last),
         arena_("products") {
     const ModelConfig& c = model.config;
     const DType type = ops.activation_type();
@@ -63,39 +68,43 @@ class ProductsOnly {
   double flops() const {
     double n = 0;
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
-      each(model_.layers[i], [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
+      each(i, last_.trained, [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
         n += static_cast<double>(w.out * w.in * rows) * (i == 0 && first ? 2 : 4);
       });
     return n + 4.0 * static_cast<double>(model_.config.vocab * model_.config.hidden * labels_);
   }
-  void forward() { all_layers(true); }
+  void forward() { all_layers(true, last_.scored); }
   void step() {
-    all_layers(true);
+    all_layers(true, last_.trained);
     for (std::int64_t at = 0; at < labels_; at += kChunk) {
       const std::int64_t m = std::min(kChunk, labels_ - at);
       ops_.linear(logits_.row_range(0, m), h_.row_range(0, m), model_.head);
       ops_.linear_backward(narrow(y_, m, model_.config.hidden), logits_.row_range(0, m),
                            model_.head, false);
     }
-    all_layers(false);
+    all_layers(false, last_.trained);
   }
 
  private:
   static constexpr std::int64_t kChunk = 640;
-  template <class F> void each(const LayerWeights& l, F&& f) const {
+  template <class F> void each(std::size_t i, double last, F&& f) const {
+    const LayerWeights& l = model_.layers[i];
+    const auto taken = [&](std::int64_t rows) {
+      return i + 1 < model_.layers.size() ? rows : std::llround(last * static_cast<double>(rows));
+    };
     f(l.qkv, rows_, true);
     f(l.o, rows_, false);
-    f(l.gate_up, rows_, false);
-    f(l.down, down_rows_, false);
+    f(l.gate_up, taken(rows_), false);
+    f(l.down, taken(down_rows_), false);
   }
   static Tensor narrow(Tensor t, std::int64_t rows, std::int64_t columns) {
     t.shape = Shape{rows, columns};
     t.stride = columns;
     return t;
   }
-  void all_layers(bool forward) {
+  void all_layers(bool forward, double last) {
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
-      each(model_.layers[i], [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
+      each(i, last, [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
         if (forward)
           ops_.linear(narrow(y_, rows, w.out), narrow(x_, rows, w.in), w);
         else if (i > 0 || !first)
@@ -121,6 +130,7 @@ class ProductsOnly {
   Backend& ops_;
   const Model& model_;
   std::int64_t rows_, labels_, down_rows_;
+  LastRows last_;
   Arena arena_;
   Tensor x_, y_, h_, logits_;
 };
@@ -202,6 +212,17 @@ std::int64_t down_rows(const std::vector<TrainJob>& jobs, double tokens) {
   return std::llround(rows);
 }
 
+/// Training hands on the rows of its labels alone where most have none; a question's label is
+/// offered at its prompt's last row.
+LastRows last_rows(const Workload& work) {
+  LastRows last;
+  if (4 * work.labels <= 3 * work.tokens) last.trained = work.labels / work.tokens;
+  double tokens = 0;
+  for (const LabelRequest& r : work.requests) tokens += static_cast<double>(r.prompt.size());
+  if (tokens > 0) last.scored = static_cast<double>(work.requests.size()) / tokens;
+  return last;
+}
+
 int bench(const BenchArguments& o) {
   const Format format = format_named(o.format);
   RunSpec run;
@@ -240,7 +261,8 @@ int bench(const BenchArguments& o) {
     const double product_tokens = work.tokens * count;
     {
       ProductsOnly products(*ops, *model, std::llround(product_tokens),
-                            std::llround(work.labels * count), down_rows(jobs, work.tokens));
+                            std::llround(work.labels * count), down_rows(jobs, work.tokens),
+                            last_rows(work));
       step_seconds = median_seconds(*ops, o.steps - 1, [&] { products.step(); });
       forward_seconds = median_seconds(*ops, o.steps - 1, [&] { products.forward(); });
       flops = products.flops();
