@@ -9,42 +9,42 @@
 
 namespace mixlora {
 
-inline auto enum_names(Method) {
+inline auto enum_names(Method /*of*/) {
   return std::array<std::pair<Method, const char*>, 5>{{{Method::base, "base"},
                                                         {Method::lora, "lora"},
                                                         {Method::dora, "dora"},
                                                         {Method::mixlora, "mixlora"},
                                                         {Method::mixdora, "mixdora"}}};
 }
-inline auto enum_names(LoraInit) {
+inline auto enum_names(LoraInit /*of*/) {
   return std::array<std::pair<LoraInit, const char*>, 2>{
       {{LoraInit::original, "original"}, {LoraInit::gaussian, "gaussian"}}};
 }
-inline auto enum_names(Routing) {
+inline auto enum_names(Routing /*of*/) {
   return std::array<std::pair<Routing, const char*>, 3>{
       {{Routing::mixlora, "mixlora"},
        {Routing::mixlora_dynamic, "mixlora-dynamic"},
        {Routing::mixlora_switch, "mixlora-switch"}}};
 }
-inline auto enum_names(AuxScope) {
+inline auto enum_names(AuxScope /*of*/) {
   return std::array<std::pair<AuxScope, const char*>, 2>{
       {{AuxScope::global, "global"}, {AuxScope::layer, "layer"}}};
 }
-inline auto enum_names(Overflow) {
+inline auto enum_names(Overflow /*of*/) {
   return std::array<std::pair<Overflow, const char*>, 2>{
       {{Overflow::base, "base"}, {Overflow::input, "input"}}};
 }
-inline auto enum_names(Activation) {
+inline auto enum_names(Activation /*of*/) {
   return std::array<std::pair<Activation, const char*>, 4>{{{Activation::silu, "silu"},
                                                             {Activation::gelu, "gelu"},
                                                             {Activation::gelu_new, "gelu_new"},
                                                             {Activation::relu, "relu"}}};
 }
-inline auto enum_names(Optim) {
+inline auto enum_names(Optim /*of*/) {
   return std::array<std::pair<Optim, const char*>, 2>{
       {{Optim::adamw, "adamw"}, {Optim::sgd, "sgd"}}};
 }
-inline auto enum_names(Schedule) {
+inline auto enum_names(Schedule /*of*/) {
   return std::array<std::pair<Schedule, const char*>, 7>{
       {{Schedule::constant, "constant"},
        {Schedule::linear, "linear"},
@@ -54,11 +54,11 @@ inline auto enum_names(Schedule) {
        {Schedule::constant_with_warmup, "constant_with_warmup"},
        {Schedule::inverse_sqrt, "inverse_sqrt"}}};
 }
-inline auto enum_names(TrainOn) {
+inline auto enum_names(TrainOn /*of*/) {
   return std::array<std::pair<TrainOn, const char*>, 2>{
       {{TrainOn::all, "all"}, {TrainOn::answer, "answer"}}};
 }
-inline auto enum_names(Recompute) {
+inline auto enum_names(Recompute /*of*/) {
   return std::array<std::pair<Recompute, const char*>, 4>{{{Recompute::automatic, "auto"},
                                                            {Recompute::none, "none"},
                                                            {Recompute::gate_up, "gate-up"},

@@ -65,12 +65,12 @@ struct SweepFile {
   std::vector<std::string> tables;  // empty: all
 };
 
-inline auto enum_names(DeviceChoice) {
+inline auto enum_names(DeviceChoice /*of*/) {
   return std::array<std::pair<DeviceChoice, const char*>, 3>{{{DeviceChoice::automatic, "auto"},
                                                               {DeviceChoice::cpu, "cpu"},
                                                               {DeviceChoice::cuda, "cuda"}}};
 }
-inline auto enum_names(Precision) {
+inline auto enum_names(Precision /*of*/) {
   return std::array<std::pair<Precision, const char*>, 3>{
       {{Precision::automatic, "auto"}, {Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}}};
 }

@@ -13,15 +13,15 @@ enum class LabelRule : std::uint8_t { corrected, official };
 /// Whether texts begin with BOS: as the tokenizer's own post-processor has it, or never.
 enum class Bos : std::uint8_t { automatic, never };
 
-inline auto enum_names(Protocol) {
+inline auto enum_names(Protocol /*of*/) {
   return std::array<std::pair<Protocol, const char*>, 2>{
       {{Protocol::label_token, "label-token"}, {Protocol::loglikelihood, "loglikelihood"}}};
 }
-inline auto enum_names(LabelRule) {
+inline auto enum_names(LabelRule /*of*/) {
   return std::array<std::pair<LabelRule, const char*>, 2>{
       {{LabelRule::corrected, "corrected"}, {LabelRule::official, "official"}}};
 }
-inline auto enum_names(Bos) {
+inline auto enum_names(Bos /*of*/) {
   return std::array<std::pair<Bos, const char*>, 2>{
       {{Bos::automatic, "auto"}, {Bos::never, "never"}}};
 }

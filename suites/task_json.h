@@ -8,11 +8,11 @@
 
 namespace mixlora {
 
-inline auto enum_names(LabelKind) {
+inline auto enum_names(LabelKind /*of*/) {
   return std::array<std::pair<LabelKind, const char*>, 2>{
       {{LabelKind::letters, "letters"}, {LabelKind::row, "row"}}};
 }
-inline auto enum_names(Cleaning) {
+inline auto enum_names(Cleaning /*of*/) {
   return std::array<std::pair<Cleaning, const char*>, 2>{
       {{Cleaning::none, "none"}, {Cleaning::hellaswag, "hellaswag"}}};
 }

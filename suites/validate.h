@@ -17,7 +17,7 @@ namespace mixlora {
 std::string content_hash(const Dataset& data);
 
 enum class HashState : std::uint8_t { same, differs, other_edition, not_on_record };
-inline auto enum_names(HashState) {
+inline auto enum_names(HashState /*of*/) {
   return std::array<std::pair<HashState, const char*>, 4>{
       {{HashState::same, "same"},
        {HashState::differs, "differs"},
