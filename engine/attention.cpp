@@ -163,15 +163,20 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   }
 
   const Tensor d_qkv = scratch_.take({n, c.qkv_width()}, type);
+  QkvScale scale;  // of a single adapter; of several each scales its own rows below
+  if (step.groups.size() == 1 && scaled_qkv(step.groups.front(), i)) {
+    const DeviceAdapter& adapter = *step.groups.front().adapter;
+    scale = {adapter.scales[i].qkv, adapter.d_scales.qkv};
+  }
   ops_.attention_rope_backward(d_qkv, d_o, k.qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
-                               c.attention_heads());
+                               c.attention_heads(), scale);
 
   const Tensor d_normed = scratch_.take({n, c.hidden}, type),
                normed = scratch_.take({n, c.hidden}, type);
   // The embedding below layer 0 is frozen: nothing needs its gradient.
   const bool needs_input = i > 0;
   for (const Group& g : step.groups) {
-    if (!scaled_qkv(g, i)) continue;
+    if (scale.scale || !scaled_qkv(g, i)) continue;
     const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
     const Tensor d = d_qkv.row_range(g.begin, g.end);
     ops_.scale_rope_backward(d, d_s.qkv, d, k.qkv.row_range(g.begin, g.end), s.qkv, model_.rope,

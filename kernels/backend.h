@@ -70,6 +70,12 @@ struct LowRankBackward {
   ConstTensor d_y, a, b;  // (N, O), (N, R), (O, R)
 };
 
+/// DoRA's scale m / n of the columns of q, k and v, and its gradient. Absent where `scale` is.
+struct QkvScale {
+  ConstTensor scale;  // ((H + 2 Hkv) D) f32
+  Tensor d_scale;     // the same, added to
+};
+
 /// Grouped-query attention: H query heads, `kv_heads` key/value heads, D numbers a head.
 struct Heads {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
@@ -318,12 +324,16 @@ class Backend {
   /// d_qkv overwritten. Prefix rows collect from every sequence that saw them.
   virtual void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                   ConstTensor lse, const Sequences& s, Heads heads) = 0;
-  /// attention_backward, then d_q and d_k turned back by rope's inverse: one pass where that pays.
+  /// attention_backward, then d_q and d_k turned back by rope's inverse and, with a scale,
+  /// scale_rope_backward in place: one pass where that pays.
   virtual void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
                                        ConstTensor o, ConstTensor lse, const Sequences& s,
-                                       ConstTensor table, RowIds ids, Heads heads) {
+                                       ConstTensor table, RowIds ids, Heads heads,
+                                       const QkvScale& scale) {
     attention_backward(d_qkv, d_o, qkv, o, lse, s, heads);
     rope(d_qkv, d_qkv, table, ids, heads, true);
+    if (scale.scale)
+      scale_rope_backward(d_qkv, scale.d_scale, d_qkv, qkv, scale.scale, table, ids, heads);
   }
 
   // ---- routing -----------------------------------------------------------------------------

@@ -219,9 +219,10 @@ class TimedBackend final : public Backend {
   }
   void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
-                               Heads heads) override {
-    timed(Family::attention, "attention_rope_backward",
-          [&] { inner_.attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, table, ids, heads); });
+                               Heads heads, const QkvScale& scale) override {
+    timed(Family::attention, "attention_rope_backward", [&] {
+      inner_.attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, table, ids, heads, scale);
+    });
   }
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override {
     timed(Family::router, "router_logits", [&] { inner_.router_logits(logits, x, wg); });

@@ -69,37 +69,52 @@ void attention_cases(std::vector<OpCase>& t, const Layout& l) {
          };
        }});
   for (const bool turned : {false, true})
-    t.push_back(
-        {(turned ? "attention_rope_backward " : "attention_backward ") + l.name, kChained,
-         10 * work, [=](Workbench& w) {
-           Array &qkv = w.input({n, l.width()}, w.act()),
-                 &table = w.integers({l.sequences(), 4}, l.table);
-           Array& g = w.input({n, h * d}, w.act());
-           std::vector<double> o_true(static_cast<std::size_t>(n * h * d)),
-               lse_true(static_cast<std::size_t>(n * h));
-           reference::attention(o_true.data(), lse_true.data(), qkv.data(), l.table.data(),
-                                l.sequences(), l.heads);
-           Array &o = w.numbers({n, h * d}, w.act(), o_true),
-                 &lse = w.numbers({n, h}, DType::f32, lse_true);
-           Array &angles = w.numbers({n, d}, DType::f32, angles_of(n, d)), &ids = w.row_ids(n);
-           Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
-           w.run = [=, &w, &qkv, &table, &g, &o, &lse, &angles, &ids, &d_qkv] {
-             if (turned)
-               w.ops.attention_rope_backward(d_qkv.device, g.device, qkv.device, o.device,
-                                             lse.device, l.on(table), angles.device, ids.device,
-                                             l.heads);
-             else
-               w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device, lse.device,
-                                        l.on(table), l.heads);
-           };
-           w.reference = [=, &qkv, &g, &o, &lse, &angles, &ids, &d_qkv] {
-             reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(), lse.data(),
-                                           l.table.data(), l.sequences(), l.heads, n);
-             if (turned)
-               reference::rope(d_qkv.data(), d_qkv.data(), angles.data(), ids.index(), l.heads,
-                               true, n);
-           };
-         }});
+    for (const bool scaled : {false, true}) {
+      if (scaled && !turned) continue;
+      t.push_back(
+          {(turned ? "attention_rope_backward " : "attention_backward ") + l.name +
+               (scaled ? " scaled" : ""),
+           kChained, 10 * work, [=](Workbench& w) {
+             Array &qkv = w.input({n, l.width()}, w.act()),
+                   &table = w.integers({l.sequences(), 4}, l.table);
+             Array& g = w.input({n, h * d}, w.act());
+             std::vector<double> o_true(static_cast<std::size_t>(n * h * d)),
+                 lse_true(static_cast<std::size_t>(n * h));
+             reference::attention(o_true.data(), lse_true.data(), qkv.data(), l.table.data(),
+                                  l.sequences(), l.heads);
+             Array &o = w.numbers({n, h * d}, w.act(), o_true),
+                   &lse = w.numbers({n, h}, DType::f32, lse_true);
+             Array &angles = w.numbers({n, d}, DType::f32, angles_of(n, d)), &ids = w.row_ids(n);
+             Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
+             Array *scale = nullptr, *d_scale = nullptr;
+             if (scaled) {
+               scale = &w.input({l.width()}, DType::f32, 0.1, 1);
+               d_scale = &w.updated("d_scale", {l.width()}, DType::f32);
+             }
+             w.run = [=, &w, &qkv, &table, &g, &o, &lse, &angles, &ids, &d_qkv] {
+               QkvScale by;
+               if (scaled) by = {scale->device, d_scale->device};
+               if (turned)
+                 w.ops.attention_rope_backward(d_qkv.device, g.device, qkv.device, o.device,
+                                               lse.device, l.on(table), angles.device, ids.device,
+                                               l.heads, by);
+               else
+                 w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device, lse.device,
+                                          l.on(table), l.heads);
+             };
+             w.reference = [=, &qkv, &g, &o, &lse, &angles, &ids, &d_qkv] {
+               reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(),
+                                             lse.data(), l.table.data(), l.sequences(), l.heads, n);
+               if (turned)
+                 reference::rope(d_qkv.data(), d_qkv.data(), angles.data(), ids.index(), l.heads,
+                                 true, n);
+               if (scaled)
+                 reference::scale_rope_backward(d_qkv.data(), d_scale->data(), d_qkv.data(),
+                                                qkv.data(), scale->data(), angles.data(),
+                                                ids.index(), l.heads, n);
+             };
+           }});
+    }
 }
 
 OpCase rope(const Layout& l, bool inverse) {

@@ -675,6 +675,8 @@ bool by_warpgroups([[maybe_unused]] int device, [[maybe_unused]] ConstTensor qkv
 #endif
 }
 
+constexpr Index kMostScaleSums = Index{16} << 20;  // numbers: many short sequences leave more
+
 template <class F> bool with_head(DType type, std::int64_t head_dim, F&& f) {
   if (type != DType::bf16) return false;
   if (head_dim == 64)
@@ -724,12 +726,13 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
 
 void CudaBackend::attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                      ConstTensor lse, const Sequences& s, Heads heads) {
-  attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, {}, {}, heads);
+  attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, {}, {}, heads, {});
 }
 
 void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
                                           ConstTensor o, ConstTensor lse, const Sequences& s,
-                                          ConstTensor table, RowIds ids, Heads heads) {
+                                          ConstTensor table, RowIds ids, Heads heads,
+                                          const QkvScale& scale) {
   if (s.count == 0 || s.max_length == 0) return;
   if (!d_qkv.contiguous() || !d_o.contiguous() || !o.contiguous())
     throw std::logic_error("attention_backward: a strided view");
@@ -737,14 +740,19 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
   const auto sequences = static_cast<unsigned>(s.count),
              all_heads = static_cast<unsigned>(heads.heads),
              kv_heads = static_cast<unsigned>(heads.kv_heads);
+  if (scale.scale && (!table || scale.scale.numel() != qkv.cols() || !scale.scale.contiguous() ||
+                      scale.d_scale.numel() != qkv.cols() || !scale.d_scale.contiguous()))
+    throw std::logic_error("attention_rope_backward: a scale not of qkv's columns, or no angles");
+  Room r = room();
   const auto fill = [&](auto& c) {
     using T = std::remove_cvref_t<decltype(*c.d_qkv)>;
     c.d_qkv = data<T>(d_qkv);
     c.d_o = data<T>(d_o);
     c.o = data<T>(o);
     c.lse = const_cast<float*>(data<float>(lse));  // NOLINT: read only in backward
-    c.mean = room().take<float>(count);
+    c.mean = r.take<float>(count);
   };
+  bool scaled = false;  // by the kernels of attention
   const bool fast = with_head(qkv.dtype, heads.head_dim, [&](auto d) {
     auto c = call_of<Number>(qkv, s, heads);
     fill(c);
@@ -756,8 +764,16 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
       c.ids = data<std::int32_t>(ids);
     }
 #ifdef MIXLORA_WARPGROUPS
-    if (by_warpgroups(device_, qkv, s, heads))
+    if (by_warpgroups(device_, qkv, s, heads)) {
+      const Index sums = scale_part(s.count, qkv.rows()) * qkv.cols();
+      scaled = scale.scale && sums <= kMostScaleSums;
+      if (scaled) {
+        c.scale = data<float>(scale.scale);
+        c.d_scale = data<float>(scale.d_scale);
+        c.scale_sums = r.take<float>(sums);
+      }
       return warpgroup_backward(c, qkv.rows(), s.max_length, processors_, stream_);
+    }
 #endif
     const dim3 blocks(blocks_of(s.max_length, kQueries), all_heads, sequences);
     constexpr int kBytes = TileRows<d()>::bytes(2 * kQueries + 4 * kMetKeys);
@@ -786,6 +802,8 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
     });
   launched("attention_backward");
   if (!fast && table) rope(d_qkv, d_qkv, table, ids, heads, true);
+  if (scale.scale && !scaled)
+    scale_rope_backward(d_qkv, scale.d_scale, d_qkv, qkv, scale.scale, table, ids, heads);
 }
 
 }  // namespace mixlora

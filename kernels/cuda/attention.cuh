@@ -15,7 +15,10 @@ template <class T> struct AttentionCall {
   const std::int32_t* table;
   int sequences, heads, kv_heads, head_dim;
   bool prefixes;
-  float root;  // 1 / sqrt(D)
+  float root;          // 1 / sqrt(D)
+  const float* scale;  // (width): q, k, v were scaled by it before rope; or null
+  float* d_scale;      // (width), added to
+  float* scale_sums;  // (parts, width): d_scale scale of 64 rows of a sequence each; see scale_part
 
   __host__ __device__ Index width() const {
     return static_cast<Index>(heads + 2 * kv_heads) * head_dim;
@@ -35,8 +38,16 @@ __device__ inline Sequence sequence_of(const std::int32_t* table, int s) {
 
 constexpr float kLog2E = 1.44269504F;
 
+/// The part of scale_sums that is of a sequence's first 64 rows; the next rows' are behind it.
+/// Sequences lie end to end, so that no two meet; not every part is of some rows.
+constexpr int kScaleRows = 64;
+__host__ __device__ inline Index scale_part(Index sequence, Index begin) {
+  return begin / kScaleRows + sequence;
+}
+
 /// The kernels for compute capability 9.0: heads of 128, no prefixes; in builds for it alone.
-/// `rows` of qkv; the device has so many processors. Backward's c.mean is room for d_o . o.
+/// `rows` of qkv; the device has so many processors. Backward's c.mean is room for d_o . o, its
+/// scale wants rope.
 void warpgroup_forward(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
                        cudaStream_t stream);
 void warpgroup_backward(const AttentionCall<Number>& c, Index rows, Index max_length,

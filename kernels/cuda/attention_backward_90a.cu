@@ -52,17 +52,49 @@ struct Positions {
   }
 };
 
-/// Writes a user's 64 rows of gradients times root, turned back by their rotary angles where there
-/// are such; a warp takes its 16 rows through their room in two tiles of 128 rows, as f32, so that
-/// angles are read and rows written by whole lines.
-__device__ inline void turn_out(Number* out, const AttentionCall<Number>& m, const Walk& w,
-                                const Positions& positions, std::byte* left, std::byte* right,
-                                int group, const float (&x)[16][4]) {
-  const int lane = lane_now(), first = warp_row(group), chunk = lane % 8;
-  const auto place = [&](int row, int quarter, int c) {  // of 32 columns, of 4
+/// Adds up x of the two lanes that differ in bit Step: a lane is left with the half of x that its
+/// bit says, in the first Count / 2.
+template <int Step, int Count, int N> __device__ void halve(float (&x)[N], int lane) {
+  const bool upper = (lane & Step) != 0;
+#pragma unroll
+  for (int i = 0; i < Count / 2; ++i) {
+    const float kept = upper ? x[Count / 2 + i] : x[i], sent = upper ? x[i] : x[Count / 2 + i];
+    x[i] = kept + __shfl_xor_sync(kAll, sent, Step);
+  }
+}
+
+/// Room for f32 in two tiles of 128 rows: chunk c (of 8) of 4 columns in a quarter of 32.
+struct WideRows {
+  std::byte *left, *right;
+  __device__ float4* at(int row, int quarter, int c) const {
     return reinterpret_cast<float4*>((quarter < 2 ? left : right) +
                                      place_in_tile(kBlockRows, row, quarter % 2 * 8 + c));
-  };
+  }
+};
+
+/// Sums by column over a user's rows, which its warps have left in row `which` of their rooms:
+/// added in order and written. `column` of qkv's rows.
+__device__ inline void leave_sums(const AttentionCall<Number>& m, const Walk& w,
+                                  const WideRows& room, int group, int which, Index column) {
+  const int c = static_cast<int>(threadIdx.x) % kGroup;
+  float sum = 0;
+#pragma unroll
+  for (int row = which; row < kGroupRows; row += 16)
+    sum += reinterpret_cast<const float*>(
+        room.at(group * kGroupRows + row, c / 32, c % 32 / 4))[c % 4];
+  const Index part = scale_part(w.sequence, w.s.begin) + diagonal(w, group);
+  m.scale_sums[part * m.width() + column + c] = sum;
+}
+
+/// Writes a user's 64 rows of gradients of q or k times root, turned back by their rotary angles
+/// where there are such; a warp takes its 16 rows through their room, as f32, so that angles are
+/// read and rows written by whole lines. Scaled: q or k itself is in the left tile; gradients go
+/// out times the scale, and their products with q or k, turned back too, are left as sums of the
+/// warp's rows in row 0 of its room. `column` of qkv's rows.
+template <bool Scaled>
+__device__ void turn_out(const AttentionCall<Number>& m, const Walk& w, const Positions& positions,
+                         const WideRows& room, int group, Index column, const float (&x)[16][4]) {
+  const int lane = lane_now(), first = warp_row(group), chunk = lane % 8;
   float4 cosine[4][2], sine[4][2];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -76,32 +108,116 @@ __device__ inline void turn_out(Number* out, const AttentionCall<Number>& m, con
       cosine[i][quarter] = *reinterpret_cast<const float4*>(angles);
       sine[i][quarter] = *reinterpret_cast<const float4*>(angles + kHalfColumns);
     }
+  uint2 own[4][2][2];  // q or k: rows, quarters, halves of a row
+  float4 by[2][2];
+  float sums[2 * 2 * 4] = {};
+  if constexpr (Scaled) {
+#pragma unroll
+    for (int quarter = 0; quarter < 2; ++quarter)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          own[i][quarter][half] = reinterpret_cast<const uint2*>(
+              room.left + place_in_tile(kBlockRows, first + 4 * i + lane / 8,
+                                        half * 8 + quarter * 4 + chunk / 2))[chunk % 2];
+    __syncwarp();
+  }
 #pragma unroll
   for (int n = 0; n < 16; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       reinterpret_cast<float2*>(
-          place(first + lane / 4 + 8 * h, n / 4, n % 4 * 2 + lane % 4 / 2))[lane % 2] =
+          room.at(first + lane / 4 + 8 * h, n / 4, n % 4 * 2 + lane % 4 / 2))[lane % 2] =
           make_float2(x[n][2 * h], x[n][2 * h + 1]);
   __syncwarp();
+  if constexpr (Scaled)
+#pragma unroll
+    for (int quarter = 0; quarter < 2; ++quarter)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        by[quarter][half] = *reinterpret_cast<const float4*>(
+            m.scale + column + half * kHalfColumns + quarter * 32 + chunk * 4);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = first + 4 * i + lane / 8;
-    Number* to = out + row * m.width() + chunk * 4;
+    Number* to = m.d_qkv + (w.s.begin + w.first() + row) * m.width() + column + chunk * 4;
 #pragma unroll
     for (int quarter = 0; quarter < 2; ++quarter) {  // columns c, and c + 64 with them
-      const float4 a = *place(row, quarter, chunk), b = *place(row, quarter + 2, chunk),
+      const float4 a = *room.at(row, quarter, chunk), b = *room.at(row, quarter + 2, chunk),
                    c = cosine[i][quarter], s = sine[i][quarter];
       if (w.first() + row >= w.s.length) continue;
-      *reinterpret_cast<uint2*>(to + quarter * 32) =
-          make_uint2(pack2((a.x * c.x + b.x * s.x) * m.root, (a.y * c.y + b.y * s.y) * m.root),
-                     pack2((a.z * c.z + b.z * s.z) * m.root, (a.w * c.w + b.w * s.w) * m.root));
-      *reinterpret_cast<uint2*>(to + quarter * 32 + kHalfColumns) =
-          make_uint2(pack2((b.x * c.x - a.x * s.x) * m.root, (b.y * c.y - a.y * s.y) * m.root),
-                     pack2((b.z * c.z - a.z * s.z) * m.root, (b.w * c.w - a.w * s.w) * m.root));
+      float g[2][4] = {{(a.x * c.x + b.x * s.x) * m.root, (a.y * c.y + b.y * s.y) * m.root,
+                        (a.z * c.z + b.z * s.z) * m.root, (a.w * c.w + b.w * s.w) * m.root},
+                       {(b.x * c.x - a.x * s.x) * m.root, (b.y * c.y - a.y * s.y) * m.root,
+                        (b.z * c.z - a.z * s.z) * m.root, (b.w * c.w - a.w * s.w) * m.root}};
+      if constexpr (Scaled) {
+        const uint2 l = own[i][quarter][0], r = own[i][quarter][1];
+        const float left[4] = {low(l.x), high(l.x), low(l.y), high(l.y)},
+                    right[4] = {low(r.x), high(r.x), low(r.y), high(r.y)},
+                    cs[4] = {c.x, c.y, c.z, c.w}, sn[4] = {s.x, s.y, s.z, s.w};
+        const float4 f[2] = {by[quarter][0], by[quarter][1]};
+        const float factor[2][4] = {{f[0].x, f[0].y, f[0].z, f[0].w},
+                                    {f[1].x, f[1].y, f[1].z, f[1].w}};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[8 * quarter + j] += g[0][j] * (left[j] * cs[j] + right[j] * sn[j]);
+          sums[8 * quarter + 4 + j] += g[1][j] * (right[j] * cs[j] - left[j] * sn[j]);
+          g[0][j] *= factor[0][j];
+          g[1][j] *= factor[1][j];
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint2*>(to + quarter * 32 + half * kHalfColumns) =
+            make_uint2(pack2(g[half][0], g[half][1]), pack2(g[half][2], g[half][3]));
     }
   }
+  if constexpr (Scaled) {
+    halve<16, 16>(sums, lane);  // a quarter
+    halve<8, 8>(sums, lane);    // a half
+    __syncwarp();
+    *room.at(first, lane / 16 + lane / 8 % 2 * 2, chunk) =
+        make_float4(sums[0], sums[1], sums[2], sums[3]);
+  }
 }
+
+/// Scales d_v in its registers, and sums its products with v, in its tile, over the warp's rows.
+struct ValueSums {
+  float sums[16 * 2] = {};  // in the end four columns' of the lane
+  __device__ void take(const AttentionCall<Number>& m, const Walk& w, const std::byte* values,
+                       int group, Index column, float (&d_v)[16][4]) {
+    const int lane = lane_now(), row = warp_row(group) + lane / 4;
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      const float2 by = *reinterpret_cast<const float2*>(m.scale + column + 8 * n + lane % 4 * 2);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const unsigned v = reinterpret_cast<const unsigned*>(
+            values + place_in_tile(kBlockRows, row + 8 * h, n))[lane % 4];
+        if (w.first() + row + 8 * h < w.s.length) {
+          sums[2 * n] += d_v[n][2 * h] * low(v);
+          sums[2 * n + 1] += d_v[n][2 * h + 1] * high(v);
+        }
+        d_v[n][2 * h] *= by.x;
+        d_v[n][2 * h + 1] *= by.y;
+      }
+      if (n % 4 == 3) __syncwarp();  // or all is loaded at once, into registers that are not there
+    }
+    halve<16, 32>(sums, lane);
+    halve<8, 16>(sums, lane);
+    halve<4, 8>(sums, lane);
+  }
+  /// Into row 1 of the warp's room.
+  __device__ void leave(const WideRows& room, int group) const {
+    const int lane = lane_now(), n = lane / 16 * 8 + lane / 8 % 2 * 4 + lane / 4 % 2 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      reinterpret_cast<float2*>(
+          room.at(warp_row(group) + 1, (n + i) / 4, (n + i) % 4 * 2 + lane % 4 / 2))[lane % 2] =
+          make_float2(sums[2 * i], sums[2 * i + 1]);
+  }
+};
 
 // ---- d_q -----------------------------------------------------------------------------------
 
@@ -177,6 +293,7 @@ __device__ void prepare_rows(QueryRoom& room, const AttentionCall<Number>& m, in
   }
 }
 
+template <bool Scaled>
 __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number>& m, int pairs,
                                      int group) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, row = warp_row(group) + lane / 4;
@@ -254,13 +371,19 @@ __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number
     for (int t = last + 1; t < count; ++t) pass(room, met);
 
     meet_group(1 + group);  // the group's rows are read: d_q goes out through them
-    Number* out = m.d_qkv + (w.s.begin + w.first()) * m.width() + w.head * kTileColumns;
-    turn_out(out, m, w, positions, room.queries[own.stage], room.d_out[own.stage], group, d_q);
+    const WideRows wide{room.queries[own.stage], room.d_out[own.stage]};
+    const Index column = w.head * kTileColumns;
+    turn_out<Scaled>(m, w, positions, wide, group, column, d_q);
+    if constexpr (Scaled) {
+      meet_group(1 + group);
+      leave_sums(m, w, wide, group, 0, column);
+    }
     fence_to_engines();
     warp_arrives(&room.own_free[own.stage]);
   }
 }
 
+template <bool Scaled>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     warpgroup_d_query(const __grid_constant__ CUtensorMap qkv,
                       const __grid_constant__ CUtensorMap d_o,
@@ -291,7 +414,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       fetch_for_queries(room, qkv, d_o, m, pairs);
   } else {
     take_registers<kQueryMultiply>();
-    multiply_for_queries(room, m, pairs, group - 1);
+    multiply_for_queries<Scaled>(room, m, pairs, group - 1);
   }
 }
 
@@ -373,6 +496,7 @@ __device__ void fetch_rows(KeyRoom& room, const AttentionCall<Number>& m, int pa
   }
 }
 
+template <bool Scaled>
 __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m, int pairs,
                                   int group) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, row = warp_row(group) + lane / 4;
@@ -462,17 +586,31 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
     }
 
     meet_group(1 + group);  // the group's keys and values are read: the results go out there
-    Number* out = m.d_qkv + (w.s.begin + w.first()) * m.width() + (m.heads + w.head) * kTileColumns;
-    turn_out(out, m, w, positions, room.keys[own.stage], room.values[own.stage], group, d_k);
+    const WideRows wide{room.keys[own.stage], room.values[own.stage]};
+    const Index column = (m.heads + w.head) * kTileColumns,
+                values_column = column + m.kv_heads * kTileColumns;
+    ValueSums of_values;
+    if constexpr (Scaled) {
+      of_values.take(m, w, wide.right, group, values_column, d_v);
+      __syncwarp();
+    }
+    stage_rows(wide.right, group, d_v, 1.0F, 1.0F);
+    copy_rows_out(m.d_qkv + (w.s.begin + w.first()) * m.width() + values_column, m.width(),
+                  wide.right, group, w.s.length - w.first());
     __syncwarp();
-    stage_rows(room.values[own.stage], group, d_v, 1.0F, 1.0F);
-    copy_rows_out(out + m.kv_heads * kTileColumns, m.width(), room.values[own.stage], group,
-                  w.s.length - w.first());
+    turn_out<Scaled>(m, w, positions, wide, group, column, d_k);
+    if constexpr (Scaled) {
+      of_values.leave(wide, group);
+      meet_group(1 + group);
+      leave_sums(m, w, wide, group, 0, column);
+      leave_sums(m, w, wide, group, 1, values_column);
+    }
     fence_to_engines();
     warp_arrives(&room.own_free[own.stage]);
   }
 }
 
+template <bool Scaled>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     warpgroup_d_key_value(const __grid_constant__ CUtensorMap qkv,
                           const __grid_constant__ CUtensorMap d_o,
@@ -501,21 +639,53 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       fetch_for_keys(room, qkv, d_o, m, pairs);
   } else {
     take_registers<kKeyMultiply>();
-    multiply_for_keys(room, m, pairs, group - 1);
+    multiply_for_keys<Scaled>(room, m, pairs, group - 1);
   }
+}
+
+/// d_scale += scale_sums over scale, of 32 columns: warp w takes sequences w, w + 8, ..., then the
+/// warps' sums are added one after another.
+constexpr int kSumWarps = 8;
+__global__ void __launch_bounds__(kSumWarps* kWarp)
+    add_scale_sums(const __grid_constant__ AttentionCall<Number> m) {
+  __shared__ float sums[kSumWarps][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            warp = static_cast<int>(threadIdx.x) / kWarp;
+  const Index column = static_cast<Index>(blockIdx.x) * kWarp + lane;  // 128 a head: no rest
+  float sum = 0;
+  for (int s = warp; s < m.sequences; s += kSumWarps) {
+    const Sequence sequence = sequence_of(m.table, s);
+    const float* from = m.scale_sums + scale_part(s, sequence.begin) * m.width() + column;
+    const int parts = ceil_div(sequence.length, kScaleRows);
+#pragma unroll 8
+    for (int part = 0; part < parts; ++part) sum += from[part * m.width()];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+  for (int w = 1; w < kSumWarps; ++w) sum += sums[w][lane];
+  m.d_scale[column] += sum / m.scale[column];
+}
+
+template <bool Scaled>
+void launch_both(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
+                 cudaStream_t stream) {
+  const int pairs = static_cast<int>(ceil_div<Index>(max_length, 2 * kBlockRows));
+  const CUtensorMap qkv = map_of(c.qkv, rows, c.width()),
+                    d_o = map_of(c.d_o, rows, static_cast<Index>(c.heads) * kTileColumns);
+  launch_walk(warpgroup_d_query<Scaled>, c, c.heads, pairs, processors,
+              static_cast<int>(sizeof(QueryRoom)), stream, qkv, d_o, c, pairs);
+  launch_walk(warpgroup_d_key_value<Scaled>, c, c.kv_heads, pairs, processors,
+              static_cast<int>(sizeof(KeyRoom)), stream, qkv, d_o, c, pairs);
 }
 
 }  // namespace
 
 void warpgroup_backward(const AttentionCall<Number>& c, Index rows, Index max_length,
                         int processors, cudaStream_t stream) {
-  const int pairs = static_cast<int>(ceil_div<Index>(max_length, 2 * kBlockRows));
-  const CUtensorMap qkv = map_of(c.qkv, rows, c.width()),
-                    d_o = map_of(c.d_o, rows, static_cast<Index>(c.heads) * kTileColumns);
-  launch_walk(warpgroup_d_query, c, c.heads, pairs, processors, static_cast<int>(sizeof(QueryRoom)),
-              stream, qkv, d_o, c, pairs);
-  launch_walk(warpgroup_d_key_value, c, c.kv_heads, pairs, processors,
-              static_cast<int>(sizeof(KeyRoom)), stream, qkv, d_o, c, pairs);
+  if (c.scale == nullptr) return launch_both<false>(c, rows, max_length, processors, stream);
+  launch_both<true>(c, rows, max_length, processors, stream);
+  add_scale_sums<<<static_cast<unsigned>(c.width() / kWarp), kSumWarps * kWarp, 0, stream>>>(c);
 }
 
 }  // namespace mixlora::cuda

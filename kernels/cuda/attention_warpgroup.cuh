@@ -15,7 +15,7 @@ constexpr int kUserWarps = kUsers * kGroup / kWarp, kBlockThreads = (kUsers + 1)
 /// A block's tiles. A causal row meets as many others as its position says, so tiles go in pairs,
 /// the last of a sequence with its first: pairs of one sequence length are equally long.
 struct Walk {
-  int at = static_cast<int>(blockIdx.x), tile = 0, head = 0;
+  int at = static_cast<int>(blockIdx.x), tile = 0, head = 0, sequence = 0;
   bool second = false, backwards = false;  // backwards: from the last head of the last sequence on
   Sequence s{};
   /// Goes to the next tile; false when none is left. `heads` to walk, `pairs` of the longest
@@ -25,7 +25,8 @@ struct Walk {
     for (; at < count; at += static_cast<int>(gridDim.x)) {
       const int place = backwards ? count - 1 - at : at, i = place % pairs;
       head = place / pairs % heads;
-      s = sequence_of(m.table, place / pairs / heads);
+      sequence = place / pairs / heads;
+      s = sequence_of(m.table, sequence);
       const int mirrored = ceil_div(s.length, kBlockRows) - 1 - i;
       if (!second && mirrored >= i) {
         tile = mirrored;

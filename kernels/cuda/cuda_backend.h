@@ -91,7 +91,7 @@ class CudaBackend final : public Backend {
                           ConstTensor lse, const Sequences& s, Heads heads) override;
   void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
-                               Heads heads) override;
+                               Heads heads, const QkvScale& scale) override;
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override;
   void route(Slots& slots, Tensor probabilities, Tensor stats, ConstTensor logits,
              const Router& router, const Sequences& s) override;
