@@ -213,7 +213,8 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     const ConstTensor a = stacked(l, false), d_a_weight = stacked(l, true);
     if (a && d_a_weight && needs_input) {
       through_a_and_norm_backward(step, g, i, site_qkv, p_drop, writable(d_a_weight), d_x_rows,
-                                  d_y_rows, d_a, a, x, w.input_norm, r1, y);
+                                  d_y_rows, d_a, a, k.groups[j].a_qkv, g.adapter->attention_scale,
+                                  x, w.input_norm, r1, y);
       continue;
     }
     ops_.rmsnorm_again(y, x, w.input_norm, r1);

@@ -336,9 +336,10 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const AdapterLayer& l = layer_of(g, i);
     const Scratch::Frame inner(scratch_);
     if (with_norm(g)) {
-      through_a_and_norm_backward(
-          step, g, i, site_ffn, ad.expert_p, stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_own,
-          ps[j], stacked(l.gate_a.compute, l.up_a.compute), x2, w.post_norm, r2, own);
+      through_a_and_norm_backward(step, g, i, site_ffn, ad.expert_p,
+                                  stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_own, ps[j],
+                                  stacked(l.gate_a.compute, l.up_a.compute), k.groups[j].a_ffn,
+                                  ad.ffn_scale, x2, w.post_norm, r2, own);
       continue;
     }
     const bool routed = has_router(ad.spec);

@@ -49,9 +49,9 @@ class PlanBackend final : public Backend {
   void lora_a_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Dropout&,
                        RowIds, Tensor) override {}
   void rmsnorm_again(Tensor, ConstTensor, ConstTensor, ConstTensor) override {}
-  void lora_a_rmsnorm_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, const Dropout&,
-                               RowIds, ConstTensor, ConstTensor, ConstTensor, Tensor,
-                               Tensor) override {}
+  void lora_a_rmsnorm_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, float,
+                               const Dropout&, RowIds, ConstTensor, ConstTensor, ConstTensor,
+                               Tensor, Tensor) override {}
   void lora_a_router_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                               ConstTensor, ConstTensor, const Dropout&, RowIds, Tensor) override {}
   void lora_b_backward(std::span<const LowRankBackward>, float) override {}

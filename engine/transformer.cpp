@@ -78,14 +78,16 @@ void Transformer::through_a_and_router_backward(const Step& step, const Group& g
 void Transformer::through_a_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
                                               std::uint32_t site, float p, Tensor d_weight,
                                               Tensor d_input, Tensor d_y, ConstTensor d_a,
-                                              ConstTensor weight, ConstTensor input,
-                                              ConstTensor norm, ConstTensor r, Tensor room) {
+                                              ConstTensor weight, ConstTensor a, float s,
+                                              ConstTensor input, ConstTensor norm, ConstTensor r,
+                                              Tensor room) {
   const Scratch::Frame frame(scratch_);
   const float own = rate(step, p);
   const Tensor dropped =
       own > 0 ? scratch_.take({input.rows(), input.cols()}, input.dtype) : Tensor();
-  ops_.lora_a_rmsnorm_backward(d_weight, d_input, d_y, d_a, weight, dropout_of(g, layer, site, own),
-                               ids(step, g), input, norm, r, room, dropped);
+  ops_.lora_a_rmsnorm_backward(d_weight, d_input, d_y, d_a, weight, a, s,
+                               dropout_of(g, layer, site, own), ids(step, g), input, norm, r, room,
+                               dropped);
 }
 
 void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,

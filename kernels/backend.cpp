@@ -34,9 +34,9 @@ void Backend::lora_b_backward(std::span<const LowRankBackward> all, float s) {
 }
 
 void Backend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
-                                      ConstTensor weight, const Dropout& d, RowIds ids,
-                                      ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
-                                      Tensor room) {
+                                      ConstTensor weight, ConstTensor /*a*/, float /*s*/,
+                                      const Dropout& d, RowIds ids, ConstTensor x, ConstTensor w,
+                                      ConstTensor r, Tensor y, Tensor room) {
   rmsnorm_again(y, x, w, r);
   lora_a_backward(d_weight, d_y, d_a, y, weight, d, ids, room);
   rmsnorm_backward(d_x, d_y, x, w, r);

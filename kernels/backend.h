@@ -264,11 +264,12 @@ class Backend {
   virtual void lora_b_backward(std::span<const LowRankBackward> all, float s);
   /// Both of A and of the norm y = x r w before it: d_y, y's gradient by other ways, becomes d_y +
   /// drop(d_a A); d_weight += d_a^T drop(y); rmsnorm_backward adds d_y's to d_x. y and room (N, D)
-  /// are overwritten, as d_y may be.
+  /// are overwritten, as d_y may be. a (N, R) is what lora_a made of y with this s and d; it and
+  /// d_a give the share of drop(d_a A) in a row's <y, d_y>, for what reads it before the product.
   virtual void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
-                                       ConstTensor weight, const Dropout& d, RowIds ids,
-                                       ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
-                                       Tensor room);
+                                       ConstTensor weight, ConstTensor a, float s, const Dropout& d,
+                                       RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r,
+                                       Tensor y, Tensor room);
   /// lora_a_backward, then router_backward, of one x.
   virtual void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                                       ConstTensor d_logits, ConstTensor x, ConstTensor weight,

@@ -131,10 +131,12 @@ class TimedBackend final : public Backend {
     timed(Family::norms, "rmsnorm_again", [&] { inner_.rmsnorm_again(y, x, w, r); });
   }
   void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
-                               ConstTensor weight, const Dropout& d, RowIds ids, ConstTensor x,
-                               ConstTensor w, ConstTensor r, Tensor y, Tensor room) override {
+                               ConstTensor weight, ConstTensor a, float s, const Dropout& d,
+                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
+                               Tensor room) override {
     timed(Family::factors, "lora_a_rmsnorm_backward", [&] {
-      inner_.lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, d, ids, x, w, r, y, room);
+      inner_.lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r, y,
+                                     room);
     });
   }
   void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, ConstTensor w,

@@ -111,32 +111,38 @@ OpCase norm(Index n, Index d, Index rank, bool scaled = false) {
 }
 
 OpCase norm_backward(Index n, Index d, Index rank, float p) {
-  return {"lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept"), kSummed,
-          static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)), [=](Workbench& w) {
-            const Dropout drop{p, w.key(), 7, site_ffn};
-            Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
-                  &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
-                  &d_a = w.input({n, rank}, w.act());
-            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
-                  &room = w.scratch({n, d});
-            Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
-                  &d_x = w.updated("d_x", {n, d}, w.act());
-            w.run = [=, &w, &x, &a, &scale, &r, &d_a, &d_y, &ids, &y, &room, &d_weight, &d_x] {
-              w.ops.lora_a_rmsnorm_backward(d_weight.device, d_x.device, d_y.device, d_a.device,
-                                            a.device, drop, ids.device, x.device, scale.device,
-                                            r.device, y.device, room.device);
-            };
-            w.reference = [=, &x, &a, &scale, &r, &d_a, &d_y, &ids, &d_weight, &d_x] {
-              std::vector<double> seen(static_cast<std::size_t>(n * d)), whole = d_y.host;
-              for (Index i = 0; i < n * d; ++i)
-                seen[static_cast<std::size_t>(i)] =
-                    x.data()[i] * r.data()[i / d] * scale.data()[i % d];
-              reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
-                                         a.data(), drop, ids.index(), n, d, rank);
-              reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(),
-                                          r.data(), n, d);
-            };
-          }};
+  constexpr float kScale = 2;
+  return {
+      "lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept"), kSummed,
+      static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)), [=](Workbench& w) {
+        const Dropout drop{p, w.key(), 7, site_ffn};
+        Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
+              &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
+              &d_a = w.input({n, rank}, w.act());
+        Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
+              &room = w.scratch({n, d});
+        Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
+              &d_x = w.updated("d_x", {n, d}, w.act());
+        std::vector<double> seen(static_cast<std::size_t>(n * d)),
+            ranks(static_cast<std::size_t>(n * rank));
+        for (Index i = 0; i < n * d; ++i)
+          seen[static_cast<std::size_t>(i)] = x.data()[i] * r.data()[i / d] * scale.data()[i % d];
+        reference::lora_a(ranks.data(), seen.data(), a.data(), double{kScale}, drop, ids.index(), n,
+                          d, rank);
+        Array& kept = w.numbers({n, rank}, w.act(), ranks);
+        w.run = [=, &w, &x, &a, &scale, &r, &d_a, &d_y, &ids, &y, &room, &d_weight, &d_x, &kept] {
+          w.ops.lora_a_rmsnorm_backward(d_weight.device, d_x.device, d_y.device, d_a.device,
+                                        a.device, kept.device, kScale, drop, ids.device, x.device,
+                                        scale.device, r.device, y.device, room.device);
+        };
+        w.reference = [=, &x, &a, &scale, &r, &d_a, &d_y, &ids, &d_weight, &d_x] {
+          std::vector<double> whole = d_y.host;
+          reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
+                                     a.data(), drop, ids.index(), n, d, rank);
+          reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(), r.data(), n,
+                                      d);
+        };
+      }};
 }
 
 /// Both ways back to one x: A's and a router's.
@@ -227,6 +233,8 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(norm_backward(37, 576, 24, 0.05F));
   t.push_back(norm_backward(131, 576, 48, 0.05F));
   t.push_back(norm_backward(66, 4096, 32, 0.05F));
+  t.push_back(norm_backward(21, 320, 64, 0.05F));
+  t.push_back(norm_backward(271, 16384, 8, 0.05F));
   t.push_back(router_backward(5, 13, 3, 3, 0.3F));
   t.push_back(router_backward(37, 96, 72, 3, 0.1F));
   t.push_back(router_backward(150, 288, 256, 8, 0.05F));

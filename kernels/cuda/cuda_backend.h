@@ -63,8 +63,9 @@ class CudaBackend final : public Backend {
                        ConstTensor weight, const Dropout& d, RowIds ids,
                        Tensor room_for_rows) override;
   void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
-                               ConstTensor weight, const Dropout& d, RowIds ids, ConstTensor x,
-                               ConstTensor w, ConstTensor r, Tensor y, Tensor room) override;
+                               ConstTensor weight, ConstTensor a, float s, const Dropout& d,
+                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
+                               Tensor room_for_rows) override;
   void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                               ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                               ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) override;

@@ -393,15 +393,15 @@ void few_backward(Call m, Room space, Tensor d_weight, float keep, cudaStream_t 
   });
   add_weight(m, splits, d_weight, keep, nullptr, stream);
 }
-/// d_weight of a few ranks alone, by a norm or not.
+/// d_weight of a few ranks alone.
 template <class Room>
-void few_weight(Call m, Room& space, int processors, Tensor d_weight, float keep, Number* turned,
+void few_weight(Call m, Room space, int processors, Tensor d_weight, float keep,
                 cudaStream_t stream) {
   const int splits = splits_of(ceil_div(m.cols, cuda::kDroppedTile),
                                cuda::kFewTogether * processors, m.rows / cuda::kFewStep, 4);
   m.sums = space.template take<float>(static_cast<Index>(splits) * m.rank * m.cols);
   cuda::few_ranks_weight(m, splits, stream);
-  add_weight(m, splits, d_weight, keep, turned, stream);
+  add_weight(m, splits, d_weight, keep, nullptr, stream);
 }
 #ifdef MIXLORA_WARPGROUPS
 /// Bytes of masks.
@@ -487,7 +487,7 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
   else if (d_x)
     few_backward(m, space, d_weight, keep, stream_);
   else
-    few_weight(m, space, processors_, d_weight, keep, nullptr, stream_);
+    few_weight(m, space, processors_, d_weight, keep, stream_);
 }
 
 void CudaBackend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
@@ -510,42 +510,29 @@ void CudaBackend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_
 }
 
 void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
-                                          ConstTensor weight, const Dropout& d, RowIds ids,
-                                          ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
+                                          ConstTensor weight, ConstTensor a, float s,
+                                          const Dropout& d, RowIds ids, ConstTensor x,
+                                          ConstTensor w, ConstTensor r, Tensor y,
                                           Tensor room_for_rows) {
   if (x.rows() == 0) return;
   if (!few(weight.rows()) || !takes_backward(device_, d_weight, d_x, d_a, x, weight, d) ||
-      !by_sixteen_bytes(d_y) || !cuda::by_eights(w) || !r.contiguous() ||
-      !cuda::takes_norm_backward(x.cols(), weight.rows()))
-    return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, d, ids, x, w, r, y,
-                                            room_for_rows);
+      !by_sixteen_bytes(d_y) || !by_sixteen_bytes(a) || !cuda::by_eights(w) || !r.contiguous())
+    return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r,
+                                            y, room_for_rows);
   Room space = room();
   Call m = call_of(x, weight, d, ids);
-  m.d_a = cuda::data<Number>(d_a);
-  m.stride_d_a = d_a.stride;
-  m.norm_w = cuda::data<float>(w);
-  m.norm_r = cuda::data<float>(r);
+  m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
+  m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
   const float keep = dropout_scale(d.p);
-  auto* turned = space.take<Number>(weight.numel());
-  few_weight(m, space, processors_, d_weight, keep, turned, stream_);
-  cuda::norm_backward({cuda::data<Number>(d_x),
-                       cuda::data<Number>(ConstTensor(d_y)),
-                       m.x,
-                       d_x.stride,
-                       d_y.stride,
-                       m.stride_x,
-                       m.norm_w,
-                       m.norm_r,
-                       m.rows,
-                       m.cols,
-                       {m.d_a, turned, m.stride_d_a, m.rank},
-                       m.ids,
-                       m.key,
-                       m.threshold,
-                       m.layer,
-                       m.site,
-                       keep},
-                      stream_);
+  const int splits = splits_of(ceil_div(m.cols, cuda::kDroppedTile),
+                               cuda::kNormTogether * processors_, m.rows / cuda::kNormStep, 2);
+  m.sums = space.take<float>(static_cast<Index>(splits) * m.rank * m.cols);
+  cuda::norm_backward(m,
+                      {cuda::data<Number>(ConstTensor(d_y)), cuda::data<Number>(a), d_y.stride,
+                       a.stride, cuda::data<float>(w), cuda::data<float>(r), s == 0 ? 0 : 1 / s,
+                       keep, space.take<float2>(cuda::norm_rows(m.rows))},
+                      splits, stream_);
+  add_weight(m, splits, d_weight, keep, nullptr, stream_);
 }
 
 }  // namespace mixlora

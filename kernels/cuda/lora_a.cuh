@@ -14,8 +14,7 @@ struct DroppedA {
   const std::int32_t* ids;
   RandomKey key;
   std::uint32_t threshold, layer, site;
-  const float *norm_w, *norm_r;  // backward by a norm: what drops is x r w
-  float* sums;                   // forward (split, row, rank); backward (split, rank, column)
+  float* sums;  // forward (split, row, rank); backward (split, rank, column)
   std::uint8_t*
       masks;  // backward of many ranks: (row, column / 8), bit i keeps column i of the eight
 
@@ -71,10 +70,21 @@ __device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint3
 /// Rows (or columns, of d_weight) of a block of the kernels below; their sums are in parts as
 /// `sums` says.
 constexpr int kDroppedTile = 128;
-/// Up to kRankChunks sixteens of ranks, by a norm or not; kFewTogether blocks run at a
-/// time on a processor.
+/// Up to kRankChunks sixteens of ranks; kFewTogether blocks run at a time on a processor.
 constexpr int kFewTogether = 3, kFewStep = 32;
 void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream);
+/// What a norm before A adds to the call; of m, x is the norm's input.
+struct BehindNorm {
+  const Number *d_y, *a;  // forward's a
+  Index stride_d_y, stride_a;
+  const float *w, *r;
+  float inverse_s, keep;
+  float2* rows;  // room for norm_rows(rows) numbers
+};
+/// Of up to kRankChunks sixteens of ranks: d_x and d_weight's parts; see lora_norm_backward.cu.
+constexpr int kNormTogether = 3, kNormStep = kRows;
+Index norm_rows(int rows);
+void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStream_t stream);
 /// Draws m.masks, which warpgroup_weight and input_backward take.
 void draw_masks(const DroppedA& m, cudaStream_t stream);
 /// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.

@@ -62,9 +62,8 @@ template <int C> struct Few {
     return static_cast<std::uint32_t>(row * C * 32 + 16 * (unit ^ turn));
   }
 };
-/// grid (columns / 128, splits): d_a^T x~ over a split's rows. Normed: x is what the norm before A
-/// saw.
-template <int C, bool Normed>
+/// grid (columns / 128, splits): d_a^T x~ over a split's rows.
+template <int C>
 __global__ void __launch_bounds__(kThreads, cuda::kFewTogether)
     few_weight_kernel(const DroppedA m) {
   extern __shared__ __align__(128) std::byte memory[];
@@ -98,35 +97,17 @@ __global__ void __launch_bounds__(kThreads, cuda::kFewTogether)
                     there ? m.d_a + row * m.stride_d_a + 8 * d_unit : m.d_a, there);
     }
   };
-  cuda::Eight w = {};
-  if constexpr (Normed) w = cuda::load8(m.norm_w + col);
   int4 ids[2];  // of the step that drops next
-  float r[2] = {};
   const auto take_rows = [&](int step) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = min(step * kStep + line + 16 * h, m.rows - 1);
-      ids[h] = m.id(row);
-      if constexpr (Normed) r[h] = __ldg(m.norm_r + row);
-    }
+    for (int h = 0; h < 2; ++h) ids[h] = m.id(min(step * kStep + line + 16 * h, m.rows - 1));
   };
   take_rows(begin);
   const auto drop = [&](int step, int stage) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      auto* piece = reinterpret_cast<uint4*>(memory + stage * F::kStage + own + h * 16 * kTile * 2);
-      const Philox4 bits = m.bits(ids[h], col0 / 8 + unit);
-      const uint4 raw = *piece;
-      unsigned x[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (Normed)
-          x[i] = cuda::pack2(cuda::low(x[i]) * (r[h] * w.v[2 * i]),
-                             cuda::high(x[i]) * (r[h] * w.v[2 * i + 1]));
-        x[i] = cuda::masked(x[i], bits, i, m.threshold);
-      }
-      *piece = make_uint4(x[0], x[1], x[2], x[3]);
-    }
+    for (int h = 0; h < 2; ++h)
+      cuda::drop_piece(memory + stage * F::kStage + own + h * 16 * kTile * 2,
+                       m.bits(ids[h], col0 / 8 + unit), m.threshold);
     take_rows(step + 1);
   };
 
@@ -337,9 +318,7 @@ void few_ranks_weight(const DroppedA& m, int splits, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(m.cols, kTile)), static_cast<unsigned>(splits));
   with_rank_chunks(m.rank, [&](auto chunks) {
     constexpr int kBytes = kStages * Few<chunks()>::kStage;
-    launch(m.norm_r != nullptr ? few_weight_kernel<chunks(), true>
-                               : few_weight_kernel<chunks(), false>,
-           kBytes, grid, stream, "lora_a_backward", m);
+    launch(few_weight_kernel<chunks()>, kBytes, grid, stream, "lora_a_backward", m);
   });
 }
 void draw_masks(const DroppedA& m, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// RMSNorm beside low-rank updates: one of its input added before it, one of its output's gradient.
+// RMSNorm with a low-rank update of its input added before it.
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -156,117 +156,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   }
 }
 
-/// grid (rows / 8): d_x += r w d - x r^3 mean(x w d) of d = d_y + drop(a B^T). Three rows read, one
-/// written; d waits in shared memory, each lane's own, and x comes again out of L2.
-template <int C>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
-    backward_kernel(const __grid_constant__ cuda::NormBackward m) {
-  extern __shared__ __align__(16) std::byte memory[];
-  __shared__ float dots[kWarps][kRows];
-  auto* waiting = reinterpret_cast<uint4*>(memory);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-  const int row0 = static_cast<int>(blockIdx.x) * kRows;
-  const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
-  const Index rows[2] = {row_of(2 * q), row_of(2 * q + 1)};
-  const bool live[2] = {row0 + 2 * q < m.rows, row0 + 2 * q + 1 < m.rows};
-  const int4 ids[2] = {__ldg(reinterpret_cast<const int4*>(m.ids) + rows[0]),
-                       __ldg(reinterpret_cast<const int4*>(m.ids) + rows[1])};
-  const std::uint32_t tile =
-      cuda::shared_address(memory) +
-      static_cast<std::uint32_t>(waiting_bytes(m.cols) + warp * kTileBytes<C>);
-  const auto fetch = [&](int from) {  // from: a tile's first column
-    if (from < m.cols)
-      cuda::fetch_update<kOwn, C>(tile, m.update.b + static_cast<Index>(from) * m.update.rank,
-                                  m.update.rank, lane, kWarp);
-    cuda::fetch_commit();
-  };
-  fetch(warp * kTile);
-  uint2 a[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) a[c] = m.update.ranks(row_of(g), c, q);
-
-  unsigned x[2][4], other[2][4];  // of the tile to come; d_y, then d_x
-  const auto load = [&](const Number* from, Index stride, int col) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      cuda::load_words<8>(x[i], m.x + rows[i] * m.stride_x + col);
-      cuda::load_words<8>(other[i], from + rows[i] * stride + col);
-    }
-  };
-  const int first = warp * kTile + 8 * g, step = kWarps * kTile;
-  if (first < m.cols) load(m.d_y, m.stride_d_y, first);
-  float own[2] = {};
-  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
-    float sums[4][4] = {};
-    cuda::fetch_wait<0>();
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) cuda::add_update<kOwn, C>(sums[j], tile, a, j, lane);
-    __syncwarp();
-    fetch(col - 8 * g + step);
-    const cuda::Eight w = cuda::load8(m.w + col);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Philox4 bits =
-          row_bits(m.key, m.layer, m.site, static_cast<std::uint32_t>(ids[i].z),
-                   static_cast<std::uint32_t>(ids[i].x), static_cast<std::uint32_t>(ids[i].y),
-                   static_cast<std::uint32_t>(col / 8));
-      unsigned words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float d[2] = {cuda::low(other[i][j]), cuda::high(other[i][j])};
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (cuda::kept(bits, 2 * j + e, m.threshold)) d[e] += m.keep * sums[j][2 * e + i];
-        words[j] = cuda::pack2(d[0], d[1]);
-        own[i] += cuda::low(x[i][j]) * (w.v[2 * j] * cuda::low(words[j])) +
-                  cuda::high(x[i][j]) * (w.v[2 * j + 1] * cuda::high(words[j]));
-      }
-      waiting[at + i * kWarps * kWarp] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    if (col + step < m.cols) load(m.d_y, m.stride_d_y, col + step);
-  }
-  if (first < m.cols) load(m.d_x, m.stride_d_x, first);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int apart = 4; apart < kWarp; apart *= 2)
-      own[i] += __shfl_xor_sync(cuda::kAll, own[i], apart);
-    if (g == 0) dots[warp][2 * q + i] = own[i];
-  }
-  __syncthreads();
-  float inverse[2], k[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += dots[w][2 * q + i];
-    inverse[i] = m.r[rows[i]];
-    k[i] = inverse[i] * inverse[i] * inverse[i] * sum / static_cast<float>(m.cols);
-  }
-  for (int col = first, at = threadIdx.x; col < m.cols; col += step, at += 2 * kWarps * kWarp) {
-    const cuda::Eight w = cuda::load8(m.w + col);
-    unsigned out[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 raw = waiting[at + i * kWarps * kWarp];
-      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        out[i][j] = cuda::pack2(
-            cuda::low(other[i][j]) +
-                (inverse[i] * (w.v[2 * j] * cuda::low(words[j])) - cuda::low(x[i][j]) * k[i]),
-            cuda::high(other[i][j]) + (inverse[i] * (w.v[2 * j + 1] * cuda::high(words[j])) -
-                                       cuda::high(x[i][j]) * k[i]));
-    }
-    if (col + step < m.cols) load(m.d_x, m.stride_d_x, col + step);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (live[i]) cuda::store_words<8>(m.d_x + rows[i] * m.stride_d_x + col, out[i]);
-  }
-}
-
 int shared_bytes(Index cols, int chunks) {
   return waiting_bytes(static_cast<int>(cols)) +
          kWarps * chunks * static_cast<int>(cuda::kUpdateTile<kOwn>);
@@ -288,17 +177,6 @@ void launch(void (*kernel)(Call), int chunks, const char* name, const Call& m,
 }
 
 }  // namespace
-
-namespace cuda {
-
-bool takes_norm_backward(Index cols, Index rank) { return fits(cols, rank); }
-void norm_backward(const NormBackward& m, cudaStream_t stream) {
-  with_rank_chunks(m.update.rank, [&](auto chunks) {
-    launch(backward_kernel<chunks()>, chunks(), "lora_a_rmsnorm_backward", m, stream);
-  });
-}
-
-}  // namespace cuda
 
 void CudaBackend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                    const LowRank& update, ConstTensor w, float eps) {

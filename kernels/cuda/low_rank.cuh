@@ -95,24 +95,6 @@ inline Update update_of(const LowRank& u) {
   return {data<__nv_bfloat16>(u.a), data<__nv_bfloat16>(u.b), u.a.stride,
           static_cast<int>(u.a.cols()), u.scale ? data<float>(u.scale) : nullptr};
 }
-/// RMSNorm's backward where a low-rank product behind dropout, drop(a B^T), adds to d_y; B is
-/// (columns, ranks). See lora_norm.cu.
-struct NormBackward {
-  __nv_bfloat16* d_x;
-  const __nv_bfloat16 *d_y, *x;
-  Index stride_d_x, stride_d_y, stride_x;
-  const float *w, *r;
-  int rows, cols;
-  Update update;
-  const std::int32_t* ids;  // the mask's: see lora_a.cu
-  RandomKey key;
-  std::uint32_t threshold, layer, site;
-  float keep;
-};
-/// Whether rows of `cols` numbers and so many ranks fit.
-bool takes_norm_backward(Index cols, Index rank);
-void norm_backward(const NormBackward& m, cudaStream_t stream);
-
 /// f of the sixteens of ranks, as compiled.
 template <class F> void with_rank_chunks(Index rank, F&& f) {
   switch (ceil_div<Index>(rank, 16)) {
