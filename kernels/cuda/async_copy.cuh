@@ -26,6 +26,18 @@ __device__ inline void fetch16_wide(std::uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
 }
+/// What is read again and again while much else streams by: L2 gives it up last.
+__device__ inline std::uint64_t kept_longest() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void fetch16(std::uint32_t to, const void* from, bool there,
+                               std::uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+               "l"(from), "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
+}
 /// The same for four bytes.
 __device__ inline void fetch4(std::uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),

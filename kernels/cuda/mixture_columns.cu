@@ -43,13 +43,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
 
   const Index column = static_cast<Index>(e) * width + f0;
   const std::uint32_t factors = shared_address(shared), own_row = factor_row(lane);
-  if (Factors && warp == 0) {
-    if (gate_too) fetch_factor<C>(factors, m.gate_b + column * rank, rank, lane);
-    if (up_too) fetch_factor<C>(factors + kFactor, m.up_b + column * rank, rank, lane);
-    if (down) fetch_factor<C>(factors + 2 * kFactor, room.down_t + column * rank, rank, lane);
-    fetch_commit();
-    fetch_wait<0>();
-  }
+  // The factors are on their way while the first rows are looked up; the loop's barrier is behind.
+  if constexpr (Factors)
+    for (int which = warp; which < 3; which += warps) {
+      const Number* from = which == 0   ? m.gate_b
+                           : which == 1 ? m.up_b
+                           : down       ? room.down_t
+                                        : nullptr;
+      if (from != nullptr)
+        fetch_factor<C>(factors + static_cast<std::uint32_t>(which * kFactor), from + column * rank,
+                        rank, lane);
+    }
+  fetch_commit();
   float s1[2][4], s3[2][4];
   if constexpr (Scaled)
 #pragma unroll
@@ -60,7 +65,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
         s1[pair][i] = m.gate_scale != nullptr ? m.gate_scale[at] : 1.0F;
         s3[pair][i] = m.up_scale != nullptr ? m.up_scale[at] : 1.0F;
       }
-  __syncthreads();
 
   std::byte* ring = shared + (Factors ? 3 * kFactor : 0) + warp * 2 * S::kBytes;
   const std::uint32_t ring_address = shared_address(ring);
@@ -127,6 +131,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   fetch_commit();
   Row ahead = row_at(mine_from + step, pair_at(mine_from + step));
   int pair_ahead = pair_at(mine_from + 2 * step);
+  fetch_wait<1>();
+  __syncthreads();  // the factors are there
   for (int first = mine_from; first < end; first += step) {
     weight_here = weight_next;
     if (first + step < end) {
@@ -230,48 +236,83 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
   }
   fetch_wait<0>();
 
-  // Sixteen numbers a lane from every warp, summed in the order of the warps.
-  auto* numbers = reinterpret_cast<float*>(shared);
-  const auto reduce = [&](const float* own, auto&& add) {
-    __syncthreads();
+  // What every warp has, summed in the order of the warps and added to the gradients, which are
+  // read before the warps meet.
+  constexpr int kParts = Factors ? 12 : 0, kAtOnce = 3;
+  constexpr int kScales = kParts * kFragment;  // where a warp's sums for the scales lie
+  constexpr int kNumbers = kScales + (Scaled ? 64 : 0);
+  __syncthreads();
+  auto* numbers = reinterpret_cast<float*>(shared) + warp * kNumbers;
+  const auto leave = [&](int part, const float(&x)[4]) {
+    reinterpret_cast<float4*>(numbers)[part * kWarp + lane] = make_float4(x[0], x[1], x[2], x[3]);
+  };
+  if constexpr (Factors)
 #pragma unroll
-    for (int i = 0; i < 16; ++i) numbers[(warp * 16 + i) * kWarp + lane] = own[i];
-    __syncthreads();
-    for (int i = warp; i < 16; i += warps) {
-      float sum = 0;
-      for (int w = 0; w < warps; ++w) sum += numbers[(w * 16 + i) * kWarp + lane];
-      add(i, sum);
+    for (int i = 0; i < 4; ++i) {
+      leave(i, gate_b[i / 2][i % 2]);
+      leave(4 + i, up_b[i / 2][i % 2]);
+      leave(8 + i, down_a[i]);
     }
-  };
-  const auto add_b = [&](float* grads) {
-    return [=](int i, float sum) {
-      const int pair = i / 8, half = i / 4 % 2, c = i % 4;
-      const int f = f0 + (g / 2) * 8 + 2 * (2 * pair + c / 2) + g % 2;
-      const int r = 16 * mine + 8 * half + 2 * q + c % 2;
-      if (r < rank) grads[(static_cast<Index>(e) * width + f) * rank + r] += sum;
-    };
-  };
-  if (m.d_gate_b != nullptr) reduce(&gate_b[0][0][0], add_b(m.d_gate_b));
-  if (m.d_up_b != nullptr) reduce(&up_b[0][0][0], add_b(m.d_up_b));
-  if (m.d_down_a != nullptr && down)
-    reduce(&down_a[0][0], [&](int i, float sum) {
-      const int f = col + 2 * (i / 4) + i % 2, r = 16 * mine + g + 8 * (i % 4 / 2);
-      if (r < rank) m.d_down_a[(static_cast<Index>(e) * rank + r) * width + f] += sum;
-    });
+  float* scale_grad = nullptr;
+  float old_scale = 0;
   if constexpr (Scaled) {
-    if (mine != 0 || (m.d_gate_scale == nullptr && m.d_up_scale == nullptr)) return;
-    float sums[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       float x = i < 8 ? gate_scale_sum[i % 8] : up_scale_sum[i % 8];
-      x += __shfl_xor_sync(kAll, x, 4);
-      x += __shfl_xor_sync(kAll, x, 8);
-      sums[i] = x + __shfl_xor_sync(kAll, x, 16);
+#pragma unroll
+      for (int apart = 4; apart < kWarp; apart *= 2) x += __shfl_xor_sync(kAll, x, apart);
+      if (g == 0) numbers[kScales + i / 8 * kColumns + 8 * q + i % 8] = x;
     }
-    reduce(sums, [&](int i, float sum) {
-      float* grads = i < 8 ? m.d_gate_scale : m.d_up_scale;
-      if (g == 0 && grads != nullptr) grads[static_cast<Index>(e) * width + col + i % 8] += sum;
-    });
+    if (mine == 0 && threadIdx.x < 2 * kColumns) {
+      float* grads = threadIdx.x < kColumns ? m.d_gate_scale : m.d_up_scale;
+      if (grads != nullptr) scale_grad = grads + column + threadIdx.x % kColumns;
+    }
+    if (scale_grad != nullptr) old_scale = *scale_grad;
+  }
+  // The two pairs of gradients that a part's four numbers of a lane go to; null: none.
+  const auto grads_of = [&](int part, int h) -> float2* {
+    const int i = part % 4, ranks = 16 * mine + 8 * (part < 8 ? i % 2 : h);
+    float* grads = part < 4 ? m.d_gate_b : part < 8 ? m.d_up_b : down ? m.d_down_a : nullptr;
+    if (grads == nullptr || ranks >= rank) return nullptr;
+    const Index at = part < 8
+                         ? (column + g / 2 * 8 + 2 * (i / 2 * 2 + h) + g % 2) * rank + ranks + 2 * q
+                         : (static_cast<Index>(e) * rank + ranks + g) * width + col + 2 * i;
+    return reinterpret_cast<float2*>(grads + at);
+  };
+  for (int from = warp; from < kParts; from += kAtOnce * warps) {
+    float2* grads[kAtOnce][2];
+    float2 old[kAtOnce][2];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int part = from + j * warps;
+        grads[j][h] = part < kParts ? grads_of(part, h) : nullptr;
+        old[j][h] = grads[j][h] != nullptr ? *grads[j][h] : float2{};
+      }
+    if (from == warp) __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int part = from + j * warps;
+      if (part >= kParts) break;
+      float4 sum = make_float4(0, 0, 0, 0);
+      for (int w = 0; w < warps; ++w) {
+        const float4 x = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared) +
+                                                         w * kNumbers)[part * kWarp + lane];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      if (grads[j][0] != nullptr)
+        *grads[j][0] = make_float2(old[j][0].x + sum.x, old[j][0].y + sum.y);
+      if (grads[j][1] != nullptr)
+        *grads[j][1] = make_float2(old[j][1].x + sum.z, old[j][1].y + sum.w);
+    }
+  }
+  if (scale_grad != nullptr) {
+    float sum = 0;
+    for (int w = 0; w < warps; ++w)
+      sum += reinterpret_cast<const float*>(
+          shared)[w * kNumbers + kScales + static_cast<int>(threadIdx.x)];
+    *scale_grad = old_scale + sum;
   }
 }
 
@@ -283,7 +324,7 @@ void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStrea
     auto* kernel = columns_kernel<chunks(), scaled(), factors(), whole()>;
     const Fit fit =
         fit_of(reinterpret_cast<const void*>(kernel), factors() ? 3 * chunks() * kFactorBytes : 0,
-               std::max(2 * S::kBytes, 16 * kWarp * 4));
+               std::max(2 * S::kBytes, (12 * kFragment + 2 * kColumns) * 4));
     launch_warps(kernel, fit,
                  dim3(static_cast<unsigned>(c.experts), static_cast<unsigned>(c.width / kColumns),
                       static_cast<unsigned>(chunks())),

@@ -13,25 +13,16 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
   static constexpr int kBytes = kScales + (Scaled ? K * kScaleBytes : 0);
 };
 
-/// grid (tiles, splits): a block has one tile of rows, or one a warp, and its share of the columns.
+/// The columns of a warp's tile that are the block's; `stage` is a team's.
 template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
-__global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
-                                                     : K == 1 ? 4
-                                                              : 3)
-    forward_kernel(const TileCall m, const TileRoom room) {
-  extern __shared__ __align__(16) std::byte shared[];
+__device__ __forceinline__ void forward_of(const TileCall& m, const TileRoom& room,
+                                           std::byte* shared, const Share& own, int& stage) {
   using S = Stage<C, K, Scaled, Factors>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int g = lane / 4, q = lane % 4, width = static_cast<int>(m.width), rank = m.rank,
             rows = static_cast<int>(m.rows);
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const int own_tile = room.own_tile(warp, warps);
-  // A team's tiles have the experts of its first one, and a warp without rows fetches factors only.
-  const int first_tile = Team ? own_tile - warp : own_tile;
-  if (!has_rows(m, first_tile)) return;
-  const bool idle = Team && !has_rows(m, own_tile);
-  const auto tile = tile_of<K>(m, idle ? first_tile : own_tile, g);
+  const auto tile = tile_of<K>(m, Team && own.idle ? own.tile - own.owner : own.tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || m.down_a != nullptr;
   const bool drops = Whole || (m.threshold != 0 && down);
@@ -85,10 +76,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
   const auto fetch_team_rows = [&](int stage, int f0) {
     const std::uint32_t at = ring_address + static_cast<std::uint32_t>(stage * T::kBytes);
     const std::uint32_t mine =
-        at + static_cast<std::uint32_t>(warp * T::kOwn) + team_place<T>(lane);
-    if (!idle)
+        at + static_cast<std::uint32_t>(own.owner * T::kOwn) + team_place<T>(lane);
+    if (!own.idle)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        // Of a tile of two warps each fetches half the rows.
+        if (own.part.halves && j / 2 != warp / (kTeam / 2)) continue;
         fetch16_wide(mine + team_row(j), m.gate_up + (team_rows[j] + f0));
         fetch16_wide(mine + team_row(j) + 2 * kPiece, m.gate_up + (team_rows[j] + width + f0));
       }
@@ -179,15 +172,39 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
     }
   };
 
-  walk_columns<Team, S, T>(width, room, ring, warp, lane, idle, fetch_team_rows, fetch, work);
-  if (Team && idle) return;
+  if constexpr (Team)
+    walk_team<T>(own, stage, ring, warp, lane, fetch_team_rows, work);
+  else
+    walk_columns<S>(width, room, ring, warp, lane, fetch, work);
+  if (Team && own.idle) return;
   if (!down) return;
   fetch_wait<0>();
   constexpr int kSums = K * 2 * C;
-  float* to =
-      room.sums + (static_cast<Index>(own_tile) * gridDim.y + blockIdx.y) * kSums * kFragment;
+  float* to = room.sums + static_cast<Index>(own.place) * kSums * kFragment;
   const auto& mine = reinterpret_cast<const float(&)[kSums][4]>(z);
   leave_sums(room, to, shared, mine, lane);
+}
+
+/// grid (tiles, splits): a block has one tile of rows, or one a warp, and its share of the columns.
+/// Teams: grid (TileRoom::blocks).
+template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
+__global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
+                                                     : K == 1 ? 4
+                                                              : 3)
+    forward_kernel(const TileCall m, const TileRoom room) {
+  extern __shared__ __align__(16) std::byte shared[];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  int stage = 0;
+  const auto work = [&](const Share& own) {
+    forward_of<C, K, Scaled, Factors, Whole, Team>(m, room, shared, own, stage);
+  };
+  if constexpr (Team) {
+    each_part(m, room, warp, work);
+  } else {
+    const int tile = room.own_tile(warp, static_cast<int>(blockDim.x) / kWarp);
+    const auto part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+    if (has_rows(m, tile)) work(Share{tile, tile * parts + part, {}, warp, false});
+  }
 }
 
 }  // namespace
@@ -201,8 +218,9 @@ void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, in
         using T = TeamStage<4, k(), scaled()>;
         auto* kernel = forward_kernel<1, k(), scaled(), true, true, true>;
         const Fit fit = team_fit(reinterpret_cast<const void*>(kernel), 2 * T::kBytes);
-        const unsigned blocks = share_team(c, room, tiles, fit);
-        return launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream,
+        room.apart = true;
+        room.blocks = std::min(fit.together, kMostBlocks / kTeam - 1);
+        return launch_warps(kernel, fit, dim3(static_cast<unsigned>(room.blocks)), stream,
                             "mixture", c, room);
       }
     auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole(), false>;

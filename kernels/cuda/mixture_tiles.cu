@@ -100,7 +100,7 @@ __device__ int counting_sort(std::int32_t* order, std::int32_t* begin, std::int3
 
 /// Where one pass's order and the lists of pairs lie in the call's working memory.
 struct OrderRoom {
-  std::int32_t *order, *tiles, *pairs, *pair_begin;
+  std::int32_t *order, *tiles, *pairs, *pair_begin, *work;
   int most_tiles;
 };
 int keys_of(int slots, int experts) {
@@ -134,11 +134,12 @@ __device__ void turn(const Turn& t, int unit) {
 }
 
 /// The first of `sorts` blocks: rows by the experts of slots [first, first + count), tiles apart,
-/// -1 where a tile is not full. The second: all (row, slot) pairs by expert; those without come
+/// -1 where a tile is not full, and the teams' work where 64 columns of one are `team_units` units
+/// (0: no teams). The second: all (row, slot) pairs by expert; those without come
 /// last. The blocks behind them turn A2.
 __global__ void __launch_bounds__(kSortThreads)
     order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
-                 int first, int count, int keys, int align, int sorts, Turn down) {
+                 int first, int count, int keys, int align, int team_units, int sorts, Turn down) {
   extern __shared__ std::int32_t counts[];
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= sorts) {
@@ -153,6 +154,25 @@ __global__ void __launch_bounds__(kSortThreads)
       return min(e0, e1) * (experts + 1) + max(e0, e1);
     });
     if (threadIdx.x == 0) *room.tiles = end / kRows;
+    if (team_units == 0) return;
+    __syncthreads();  // the order is there
+    if (threadIdx.x >= kWarp) return;
+    const int teams = end / kTeamRows, lane = static_cast<int>(threadIdx.x);
+    int before = 0;
+    for (int first_team = 0; first_team < teams; first_team += kWarp) {
+      const int team = first_team + lane;
+      // The third tile has a row: all four warps have one of their own (TeamWork).
+      const bool whole = team < teams && room.order[team * kTeamRows + 2 * kRows] >= 0;
+      const int own = team < teams ? (whole ? 2 : 1) * team_units : 0;
+      int sum = own;
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int x = __shfl_up_sync(kAll, sum, step);
+        if (lane >= step) sum += x;
+      }
+      if (team < teams) room.work[team] = before + sum - own;
+      before += __shfl_sync(kAll, sum, kWarp - 1);
+    }
+    if (lane == 0) room.work[teams] = before;
   } else {
     counting_sort(room.pairs, room.pair_begin, counts, rows * slots, experts + 1, 1, [=](int i) {
       const int e = expert[i];
@@ -163,14 +183,20 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // ---- after the kernels ---------------------------------------------------------------------
 
-/// The sum of fragment i of a tile over the splits, in their order.
-__device__ inline float4 sum_of(const TileRoom& room, int count, int i, int lane) {
+/// The sum of fragment i of a tile over the parts of its columns, in their order.
+__device__ inline float4 sum_of(const TileRoom& room, const SumParts& parts, int count, int i,
+                                int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int s = 0; s < room.splits; ++s) {
-    const Index block = static_cast<Index>(blockIdx.x) * room.splits + s;
-    const float4 x = reinterpret_cast<const float4*>(room.sums)[(block * count + i) * kWarp + lane];
+  const auto add = [&](int place) {
+    const float4 x = reinterpret_cast<const float4*>(
+        room.sums)[(static_cast<Index>(place) * count + i) * kWarp + lane];
     sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  };
+#pragma unroll 8
+  for (int s = 0; s < parts.count; ++s) {
+    const int place = parts.first + s * parts.step;
+    add(place);
+    if (parts.halves) add(place + kTeam / 2);
   }
   return sum;
 }
@@ -182,11 +208,12 @@ template <int K> __global__ void z_kernel(const TileCall m, const TileRoom room,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
   const float s = m.scale * m.keep;
+  const SumParts parts(m, room, static_cast<int>(blockIdx.x));
 #pragma unroll
   for (int k = 0; k < K; ++k)
     for (int i = 0; 8 * i < m.rank; ++i) {
       if ((k * 2 * chunks + i) % (static_cast<int>(blockDim.x) / kWarp) != warp) continue;
-      const float4 x = sum_of(room, K * 2 * chunks, k * 2 * chunks + i, lane);
+      const float4 x = sum_of(room, parts, K * 2 * chunks, k * 2 * chunks + i, lane);
       const bool there = tile.expert[k] >= 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -206,6 +233,7 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int count = K * (4 * chunks + 1), warps = static_cast<int>(blockDim.x) / kWarp;
   const auto tile = tile_of<K>(m, static_cast<int>(blockIdx.x), g);
+  const SumParts parts(m, room, static_cast<int>(blockIdx.x));
   const bool down = m.down_a != nullptr && m.q != nullptr;
   if (m.p != nullptr && !m.adds) {
     const int across = 2 * m.experts * m.rank / 8, first = static_cast<int>(blockIdx.x) * kRows;
@@ -226,7 +254,7 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
       const bool up = i >= 2 * chunks;
       const int r = 8 * (up ? i - 2 * chunks : i) + 2 * q;
       if (r >= m.rank || (up ? m.up_b : m.gate_b) == nullptr) continue;
-      const float4 x = sum_of(room, count, k * 4 * chunks + i, lane);
+      const float4 x = sum_of(room, parts, count, k * 4 * chunks + i, lane);
       const float s = m.scale;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -236,7 +264,7 @@ template <int K> __global__ void p_kernel(const TileCall m, const TileRoom room,
               h == 0 ? pack2(s * x.x, s * x.y) : pack2(s * x.z, s * x.w);
     }
     if (m.d_weight == nullptr || warp != warps - 1 - k) continue;
-    const float4 x = sum_of(room, count, K * 4 * chunks + k, lane);
+    const float4 x = sum_of(room, parts, count, K * 4 * chunks + k, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = h == 0 ? x.x : x.y;
@@ -266,6 +294,7 @@ OrderRoom order_room(const TileCall& c, void* room) {
   r.tiles = at + static_cast<Index>(r.most_tiles) * kRows;
   r.pairs = r.tiles + 1;
   r.pair_begin = r.pairs + c.rows * c.slots;
+  r.work = r.pair_begin + c.experts + 2;
   return r;
 }
 
@@ -290,14 +319,15 @@ Cut cut(const TileCall& c, void* room) {
   r.order = order_room(c, room);
   std::size_t at = whole(sizeof(std::int32_t) *
                          static_cast<std::size_t>(static_cast<Index>(r.order.most_tiles) * kRows +
-                                                  c.rows * c.slots + c.experts + 3));
+                                                  c.rows * c.slots + c.experts + 3 +
+                                                  r.order.most_tiles / kTeam + 1));
   r.down_t = reinterpret_cast<Number*>(base + at);
   if (c.down_a != nullptr)
     at += whole(sizeof(Number) * static_cast<std::size_t>(c.experts * c.width * c.rank));
   r.sums = reinterpret_cast<float*>(base + at);
   at += sizeof(float) * kFragment *
         static_cast<std::size_t>(sums_of(c, std::min(c.slots, 2)) *
-                                 std::max<Index>(kMostBlocks * 2, most_blocks(c)));
+                                 std::max<Index>(kMostBlocks * 2, kMostBlocks + most_blocks(c)));
   r.bytes = at;
   return r;
 }
@@ -307,7 +337,7 @@ Cut cut(const TileCall& c, void* room) {
 template <class F>
 TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F&& f) {
   const Cut r = cut(c, memory);
-  TileRoom room{r.down_t, r.sums, 1, false, in_teams(c)};
+  TileRoom room{r.down_t, r.sums, 1, false, in_teams(c), r.order.work, 0};
   // Two slots go together where registers admit it and, when they lie apart, where the kernels read
   // each one's d_out.
   const int together =
@@ -331,7 +361,8 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
             "shared memory");
       order_kernel<<<static_cast<unsigned>(sorts + turned), kSortThreads, shared, stream>>>(
           r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys,
-          room.team ? kTeamRows : kRows, sorts, down);
+          room.team ? kTeamRows : kRows, room.team ? static_cast<int>(c.width) / kTeamColumns : 0,
+          sorts, down);
       launched("mixture order");
     }
     if (c.expert != nullptr) {

@@ -10,13 +10,15 @@ namespace mixlora::cuda {
 constexpr int kScaleBytes = 256;  // 32 columns of two scales, f32
 
 /// A call's working memory and grid, besides TileCall: A2 by columns (E, F, R), and where blocks
-/// leave the sums of their columns: (tile, split, fragment, lane, 4).
+/// leave the sums of their columns: (tile, split, fragment, lane, 4); teams as SumParts says.
 struct TileRoom {
   const Number* down_t;
   float* sums;
   int splits;
-  bool apart;  // each warp has a tile of its own
-  bool team;   // and all of a block's have the same experts: in_teams(call)
+  bool apart;                // each warp has a tile of its own
+  bool team;                 // and all of a block's have the same experts: in_teams(call)
+  const std::int32_t* work;  // of teams: units before each one, and of all (TeamWork)
+  int blocks;                // of teams
 
   /// The tile of one of a block's warps.
   __device__ int own_tile(int warp, int warps) const {
@@ -116,6 +118,95 @@ inline bool in_teams(const TileCall& c) {
          c.rows >= kLeastOfPair * likely_pairs(c);
 }
 
+/// How the blocks of a team's kernel, as many as run together, share its work: each takes an equal
+/// run of all teams' columns, one team's behind another's. Of a team with one or two tiles two
+/// warps work on a tile, each on 32 of 64 columns, so such a team counts one unit for 64 columns
+/// and others two.
+struct TeamWork {
+  const std::int32_t* work;
+  Index units;
+  int teams, whole, blocks;  // whole: units of a team of three or four tiles
+
+  __device__ TeamWork(const TileCall& m, const TileRoom& room)
+      : work(m.order != nullptr ? room.work : nullptr),
+        whole(2 * (static_cast<int>(m.width) / kTeamColumns)) {
+    teams = work != nullptr ? *m.tiles / kTeam : ceil_div(static_cast<int>(m.rows), kTeamRows);
+    units = begin(teams);
+    blocks = static_cast<int>(min(units, static_cast<Index>(room.blocks)));
+  }
+  /// The units before a team; of all of them.
+  __device__ int begin(int team) const { return work != nullptr ? work[team] : team * whole; }
+  /// The units before a block's.
+  __device__ int block_begin(int block) const { return static_cast<int>(units * block / blocks); }
+  /// The block that has a unit.
+  __device__ int block_of(int unit) const {
+    return static_cast<int>((static_cast<Index>(unit + 1) * blocks - 1) / units);
+  }
+  /// The team that has a unit; asked by all threads of a block.
+  __device__ int team_of(int unit) const {
+    if (work == nullptr) return unit / whole;
+    int before = 0;
+    for (int first = 0; first < teams; first += static_cast<int>(blockDim.x)) {
+      const int team = first + static_cast<int>(threadIdx.x);
+      before += __syncthreads_count(team < teams && work[team + 1] <= unit ? 1 : 0);
+    }
+    return before;
+  }
+};
+/// A block's part in one team: its columns, and whether two warps share a tile.
+struct TeamPart {
+  int begin, end;
+  bool halves;
+  TeamPart() = default;
+  __device__ TeamPart(const TeamWork& all, int team, int from, int to) {
+    const int first = all.begin(team), units = all.begin(team + 1) - first;
+    const int each = 2 * units / all.whole;
+    halves = each == 1;
+    begin = ceil_div(from - first, each) * kTeamColumns;
+    end = ceil_div(min(first + units, to) - first, each) * kTeamColumns;
+  }
+};
+/// A warp's tile and columns, and where its sums go. Of a team: the warp whose pieces it works on,
+/// and whether it has no rows and only fetches factors.
+struct Share {
+  int tile, place;
+  TeamPart part;
+  int owner;
+  bool idle;
+};
+/// f(share) for each team that the block has columns of.
+template <class F>
+__device__ void each_part(const TileCall& m, const TileRoom& room, int warp, const F& f) {
+  const TeamWork all(m, room);
+  const int block = static_cast<int>(blockIdx.x), end = all.block_begin(block + 1);
+  if (block >= all.blocks) return;
+  int unit = all.block_begin(block);
+  for (int team = all.team_of(unit); unit < end; ++team) {
+    const TeamPart part(all, team, unit, end);
+    const int owner = part.halves ? warp % (kTeam / 2) : warp, tile = team * kTeam + owner;
+    f(Share{tile, (block + team) * kTeam + warp, part, owner, !has_rows(m, tile)});
+    unit = all.begin(team + 1);
+  }
+}
+/// Where the sums of a tile's columns lie: `count` places from `first` on, `step` apart; with
+/// `halves` two of each, the second kTeam / 2 on. Part `block + team` is one block's of a team, a
+/// warp's place in it its own.
+struct SumParts {
+  int first, count, step;
+  bool halves;
+  __device__ SumParts(const TileCall& m, const TileRoom& room, int tile)
+      : first(tile * room.splits), count(room.splits), step(1), halves(false) {
+    if (!room.team) return;
+    const TeamWork all(m, room);
+    const int team = tile / kTeam, begin = all.begin(team), end = all.begin(team + 1);
+    const int block = all.block_of(begin);
+    first = (block + team) * kTeam + tile % kTeam;
+    count = all.block_of(end - 1) - block + 1;
+    step = kTeam;
+    halves = end - begin < all.whole;
+  }
+};
+
 /// A team's stage: `Pieces` of every warp for each half of its columns, apart by a few banks, then
 /// the factors and scales of each half.
 template <int Pieces, int K, bool Scaled> struct TeamStage {
@@ -143,6 +234,7 @@ template <class Stage, int K, bool Scaled>
 __device__ void fetch_team(std::uint32_t at, const TileCall& m, const TileRoom& room,
                            const int (&expert)[K], int f0, int warp, int lane) {
   const int rank = m.rank, b = lane / 8, a = lane / 2 % 4, half = lane % 2, i = warp % 2;
+  const std::uint64_t policy = kept_longest();
   const bool there = 8 * half < rank;
   const int mine = (kColumns * (warp / 2) + 8 * a + b + 4 * i) * rank + (there ? 8 * half : 0);
   const std::uint32_t to =
@@ -152,9 +244,9 @@ __device__ void fetch_team(std::uint32_t at, const TileCall& m, const TileRoom& 
   for (int k = 0; k < K; ++k) {
     const int from = (expert[k] * static_cast<int>(m.width) + f0) * rank + mine;
     const auto place = to + static_cast<std::uint32_t>(3 * k * Stage::kTile);
-    fetch16(place, m.gate_b + from, there);
-    fetch16(place + Stage::kTile, m.up_b + from, there);
-    fetch16(place + 2 * Stage::kTile, room.down_t + from, there);
+    fetch16(place, m.gate_b + from, there, policy);
+    fetch16(place + Stage::kTile, m.up_b + from, there, policy);
+    fetch16(place + 2 * Stage::kTile, room.down_t + from, there, policy);
   }
   if constexpr (Scaled)
     if (warp < 2 * K && lane < 16) {
@@ -254,73 +346,52 @@ inline Fit team_fit(const void* kernel, int bytes) {
   if (fit.warps != kTeam) throw std::logic_error("mixture: a team's stages do not fit a block");
   return fit;
 }
-/// The blocks of teams: share() of them, of 64 columns at a time.
-inline unsigned share_team(const TileCall& c, TileRoom& room, unsigned tiles, const Fit& fit) {
-  constexpr int kBeginning = 2;
-  const int chunks = static_cast<int>(c.width / kTeamColumns), pairs = likely_pairs(c);
-  const int likely = pairs * static_cast<int>(ceil_div<Index>(c.rows, Index{kTeamRows} * pairs));
-  const int most =
-      std::max(1, std::min({kMostSplits, chunks, 2 * kMostBlocks / static_cast<int>(tiles)}));
-  int least = 0;
-  for (int s = 1; s <= most; ++s) {
-    const int time = ceil_div(likely * s, fit.together) * (ceil_div(chunks, s) + kBeginning);
-    if (s == 1 || time < least) room.splits = s, least = time;
-  }
-  room.apart = true;
-  return ceil_div(tiles, static_cast<unsigned>(kTeam));
-}
-
-/// The columns, `together` at a time, of one block of `splits`.
-struct ColumnRange {
-  int begin, end;
-};
-__device__ inline ColumnRange columns_of(int width, int split, int splits,
-                                         int together = kColumns) {
-  const int n = width / together;
-  return {n * split / splits * together, n * (split + 1) / splits * together};
-}
-
-/// A warp's way through its block's columns, 32 at a time: `fetch(stage, f0)` sends the pieces of
-/// the columns from f0 on, `work(pieces, scales, factors, f0)` takes them. A team's warps go
-/// together, 64 columns at a time, which `fetch_team_rows` sends; `idle`: the warp has no rows.
-template <bool Team, class S, class T, class FetchTeam, class Fetch, class Work>
+/// A warp's way through its columns, 32 at a time: `work(pieces, scales, factors, f0)` takes the
+/// pieces of the columns from f0 on. This one goes through its block's share of a tile's columns:
+/// `fetch(stage, f0)` sends them.
+template <class S, class Fetch, class Work>
 __device__ void walk_columns(int width, const TileRoom& room, std::byte* ring, int warp, int lane,
-                             bool idle, const FetchTeam& fetch_team_rows, const Fetch& fetch,
-                             const Work& work) {
+                             const Fetch& fetch, const Work& work) {
   const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
-  const ColumnRange range = columns_of(width, static_cast<int>(blockIdx.y),
-                                       static_cast<int>(gridDim.y), Team ? kTeamColumns : kColumns);
+  const int chunks = width / kColumns, split = static_cast<int>(blockIdx.y),
+            splits = static_cast<int>(gridDim.y);
+  const int end = chunks * (split + 1) / splits * kColumns;
+  const int step = room.step(static_cast<int>(blockDim.x) / kWarp);
+  const int begin = chunks * split / splits * kColumns + (room.apart ? 0 : warp * kColumns);
   int stage = 0;
-  if constexpr (Team) {
-    const int mine = warp * T::kOwn;
-    fetch_team_rows(0, range.begin);
-    for (int f0 = range.begin; f0 < range.end; f0 += kTeamColumns) {
-      fetch_wait<0>();
-      __syncthreads();  // all of this stage is there, and nobody reads the other one any more
-      if (f0 + kTeamColumns < range.end) fetch_team_rows(stage ^ 1, f0 + kTeamColumns);
-      if (!idle)
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
-          work(ring + at + mine + half * T::kHalf, ring + factors + T::kScales,
-               ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
-        }
-      stage ^= 1;
-    }
-  } else {
-    const int step = room.step(static_cast<int>(blockDim.x) / kWarp);
-    const int begin = range.begin + (room.apart ? 0 : warp * kColumns);
-    if (begin < range.end) fetch(0, begin);
+  if (begin < end) fetch(0, begin);
+  fetch_commit();
+  for (int f0 = begin; f0 < end; f0 += step) {
+    if (f0 + step < end) fetch(stage ^ 1, f0 + step);
     fetch_commit();
-    for (int f0 = begin; f0 < range.end; f0 += step) {
-      if (f0 + step < range.end) fetch(stage ^ 1, f0 + step);
-      fetch_commit();
-      const int at = stage * S::kBytes;
-      work(ring + at, ring + at + S::kScales,
-           ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
-      __syncwarp();
-      stage ^= 1;
-    }
+    const int at = stage * S::kBytes;
+    work(ring + at, ring + at + S::kScales,
+         ring_address + static_cast<std::uint32_t>(at + S::kFactors) + own_row, f0);
+    __syncwarp();
+    stage ^= 1;
+  }
+}
+/// The same of a team's warp: they go together, 64 columns at a time, which `fetch` sends; `stage`
+/// is the one to begin with, and then the next to.
+template <class T, class Fetch, class Work>
+__device__ void walk_team(const Share& own, int& stage, std::byte* ring, int warp, int lane,
+                          const Fetch& fetch, const Work& work) {
+  const TeamPart& part = own.part;
+  const std::uint32_t ring_address = shared_address(ring), own_row = factor_row(lane);
+  const int first = part.halves ? warp / (kTeam / 2) : 0, last = part.halves ? first + 1 : 2;
+  if (part.begin < part.end) fetch(stage, part.begin);
+  for (int f0 = part.begin; f0 < part.end; f0 += kTeamColumns) {
+    fetch_wait<0>();
+    __syncthreads();  // all of this stage is there, and nobody reads the other one any more
+    if (f0 + kTeamColumns < part.end) fetch(stage ^ 1, f0 + kTeamColumns);
+    if (!own.idle)
+#pragma unroll 1
+      for (int half = first; half < last; ++half) {
+        const int at = stage * T::kBytes, factors = at + T::kFactors + half * T::kHalfFactors;
+        work(ring + at + own.owner * T::kOwn + half * T::kHalf, ring + factors + T::kScales,
+             ring_address + static_cast<std::uint32_t>(factors) + own_row, f0 + half * kColumns);
+      }
+    stage ^= 1;
   }
 }
 /// Leaves a warp's sums where its tile's are, or the block's together where its warps share a tile.
