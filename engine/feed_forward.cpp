@@ -165,21 +165,21 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
   const bool input_overflows = ad.router.capacity > 0 && ad.router.overflow == Overflow::input;
   const float p = rate(step, static_cast<float>(ad.spec.ffn_dropout));
   // What the sum with the residual stream adds must be there then, and nothing change in between.
-  const bool later = gk.z && one_expert(gk.slots) && !input_overflows && p == 0;
+  const bool later = gk.z && !input_overflows && p == 0;
   if (ad.per_slot) {
     gk.core_down = kept_.take({ad.slots, n, c.hidden}, type);
     const Tensor core = gk.core_down.reshaped({m, c.hidden});
     const ConstTensor scale = ad.scales[i].down, b = l.down_b.compute;
     ops_.linear(core, h.reshaped({m, c.ffn}), model_.layers[i].down);
-    if (later)
-      pending_[j] = {{gk.z, b, flat_row(ad.scales[i].down, 0)}, core};
+    if (later && one_expert(gk.slots))
+      pending_[j] = {{gk.z, b, flat_row(ad.scales[i].down, 0)}, core, {}};
     else
       ops_.lora_slot_combine(delta, gk.core_down, gk.z, b, scale, gk.slots,
                              scratch_.take({m, width}, type));
   } else {
     ops_.linear(delta, h, model_.layers[i].down);
     if (later)
-      pending_[j].update = {gk.z, l.down_b.compute, {}};
+      pending_[j] = {{gk.z, l.down_b.compute, {}}, {}, gk.slots};
     else if (gk.z)
       ops_.gemm(delta, by_expert(gk, m, false), false, l.down_b.compute, true, 1, 1);
   }

@@ -81,6 +81,8 @@ class PlanBackend final : public Backend {
                         ConstTensor, const Mixture&) override {}
   void slots_to_columns(Tensor, ConstTensor, const Slots&, bool) override {}
   void slot_combine(Tensor, ConstTensor, ConstTensor, const Slots&) override {}
+  void add_slots_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, ConstTensor, ConstTensor,
+                         const Slots&, ConstTensor, float, Tensor) override {}
   void lora_slot_combine(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Slots&,
                          Tensor) override {}
   void slot_combine_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,

@@ -101,9 +101,17 @@ void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tens
   for (std::size_t j = 0; j < step.groups.size(); ++j) {
     const Group& g = step.groups[j];
     const auto rows = [&g](auto t) { return t.row_range(g.begin, g.end); };
-    ops_.add_lora_rmsnorm(rows(sum), rows(normed), r.col_range(g.begin, g.end).reshaped({g.rows()}),
-                          rows(x), pending_[j].core ? pending_[j].core : rows(delta),
-                          pending_[j].update, w, eps);
+    const Pending& p = pending_[j];
+    const Tensor own = cut(r, {g.begin, g.end});
+    if (p.slots.expert) {
+      const Scratch::Frame frame(scratch_);
+      ops_.add_slots_rmsnorm(rows(sum), rows(normed), own, rows(x), rows(delta), p.update.a,
+                             p.update.b, p.slots, w, eps,
+                             scratch_.take({g.rows(), p.update.b.cols()}, sum.dtype));
+    } else {
+      ops_.add_lora_rmsnorm(rows(sum), rows(normed), own, rows(x), p.core ? p.core : rows(delta),
+                            p.update, w, eps);
+    }
     pending_[j] = {};
   }
 }
@@ -130,6 +138,7 @@ Tensor Transformer::forward(const Step& step) {
     if (g.adapter != nullptr) g.adapter->refresh_scales(ops_, model_, scratch_);
 
   const Tensor normed = scratch_.take({n, d}, type), delta = scratch_.take({n, d}, type);
+  Tensor hidden = normed;
   if (step.selected) selected_ = selected_of(step);
   layers_.assign(count + 1, {});
   pending_.assign(step.groups.size(), {});
@@ -158,20 +167,19 @@ Tensor Transformer::forward(const Step& step) {
     std::optional<Scratch::Frame> frame;
     if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
     layer_forward(step, i, layers_[i], normed, delta, false);
-    if (i + 1 < count)
-      add_and_norm(step, layers_[i + 1].x, normed, layers_[i + 1].r1, layers_[i].x2, delta,
-                   model_.layers[i + 1].input_norm);
+    const Step& rows = behind(step, i);
+    ConstTensor x2 = layers_[i].x2;
+    const Scratch::Frame room(scratch_);
+    if (narrows(step, i)) {
+      const Tensor some = scratch_.take({rows.rows, d}, type);
+      gather(step, some, x2);
+      x2 = some;
+    }
+    hidden = normed.row_range(0, rows.rows);
+    add_and_norm(rows, layers_[i + 1].x, hidden, layers_[i + 1].r1, x2,
+                 delta.row_range(0, rows.rows),
+                 i + 1 < count ? model_.layers[i + 1].input_norm : model_.final_norm);
   }
-  const Step& last = behind(step, count - 1);
-  const Tensor hidden = normed.row_range(0, last.rows);
-  ConstTensor x2 = layers_[count - 1].x2;
-  if (step.selected) {
-    const Tensor rows = scratch_.take({last.rows, d}, type);
-    gather(step, rows, x2);
-    x2 = rows;
-  }
-  add_and_norm(last, layers_[count].x, hidden, layers_[count].r1, x2, delta.row_range(0, last.rows),
-               model_.final_norm);
   return hidden;
 }
 

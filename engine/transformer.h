@@ -135,10 +135,12 @@ class Transformer {
   Recompute recompute_;
   std::vector<LayerKept> layers_;
   Step selected_;  // the step's selected rows as a step of their own
-  /// What a group's delta still lacks, added where it is read; `core`: its rows, elsewhere.
+  /// What a group's delta still lacks, added where it is read; `core`: its rows, elsewhere;
+  /// `slots`, where there is a choice: whose update it is.
   struct Pending {
     LowRank update;
     Tensor core;
+    Slots slots;
   };
   std::vector<Pending> pending_;  // by group
 };

@@ -79,4 +79,12 @@ void Backend::lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTenso
   slot_combine(y, core, scale, slots);
 }
 
+void Backend::add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                ConstTensor z, ConstTensor b, const Slots& slots, ConstTensor w,
+                                float eps, Tensor room) {
+  slots_to_columns(room, z, slots, false);
+  gemm(delta, room, false, b, true, 1, 1);
+  add_rmsnorm(sum, y, r, x, delta, w, eps);
+}
+
 }  // namespace mixlora

@@ -390,6 +390,11 @@ class Backend {
   /// (K N, E R) of their type, overwritten
   virtual void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b,
                                  ConstTensor scale, const Slots& slots, Tensor room);
+  /// add_rmsnorm of x and delta + sum_k w_k z_k B_e^T (nothing for e = -1), no row having an expert
+  /// twice. `delta` is overwritten, as is room (N, E R) of its type.  z (N, K R)  b (D, E R)
+  virtual void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                 ConstTensor z, ConstTensor b, const Slots& slots, ConstTensor w,
+                                 float eps, Tensor room);
   /// d_core (K, N, D) = w_k scale_e d_y; d_weight (N, K) = sum_j d_y scale_e core_k; d_scale (E, D)
   /// += sum d_y w_k core_k
   virtual void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale,

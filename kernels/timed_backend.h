@@ -271,6 +271,12 @@ class TimedBackend final : public Backend {
     timed(Family::factors, "lora_slot_combine",
           [&] { inner_.lora_slot_combine(y, core, z, b, scale, slots, room); });
   }
+  void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta, ConstTensor z,
+                         ConstTensor b, const Slots& slots, ConstTensor w, float eps,
+                         Tensor room) override {
+    timed(Family::norms, "add_slots_rmsnorm",
+          [&] { inner_.add_slots_rmsnorm(sum, y, r, x, delta, z, b, slots, w, eps, room); });
+  }
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override {
     timed(Family::dora, "slot_combine", [&] { inner_.slot_combine(y, core, scale, slots); });
   }

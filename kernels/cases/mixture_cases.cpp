@@ -1,6 +1,7 @@
 // The gated feed-forward with experts, and the slots around it.
 #include "kernels/cases/op_cases.h"
 #include "kernels/reference/low_rank.h"
+#include "kernels/reference/normalisation.h"
 #include "kernels/reference/slots.h"
 
 namespace mixlora::cases {
@@ -195,6 +196,31 @@ OpCase combine_with_update(Index n, Index d, Index e, Index k, Index r) {
           }};
 }
 
+OpCase norm_with_update(Index n, Index d, Index e, Index k, Index r) {
+  constexpr float kEps = 1e-5F;
+  return {"add_slots_rmsnorm " + times({n, d, e, k, r}), kSummed,
+          static_cast<double>(n * d) * (5 + 2.0 * static_cast<double>(k * r)), [=](Workbench& w) {
+            const SlotArrays s = random_slots(w, n, e, k, r);
+            Array &x = w.input({n, d}, w.act()), &delta = w.input({n, d}, w.act()),
+                  &z = w.input({n, k * r}, w.act()), &b = w.input({d, e * r}, w.act(), 0.3),
+                  &scale = w.input({d}, DType::f32, 0.2, 1), &room = w.scratch({n, e * r});
+            Array &sum = w.output("sum", {n, d}, w.act()), &y = w.output("y", {n, d}, w.act()),
+                  &inverse = w.output("r", {n}, DType::f32);
+            w.run = [=, &w, &x, &delta, &z, &b, &scale, &room, &sum, &y, &inverse] {
+              w.ops.add_slots_rmsnorm(sum.device, y.device, inverse.device, x.device, delta.device,
+                                      z.device, b.device, s.device(), scale.device, kEps,
+                                      room.device);
+            };
+            w.reference = [=, &x, &delta, &z, &b, &scale, &sum, &y, &inverse] {
+              std::vector<double> columns(static_cast<std::size_t>(n * e * r)), whole = delta.host;
+              reference::slots_to_columns(columns.data(), z.data(), s.host(), false, n);
+              reference::lora_b(whole.data(), d, columns.data(), b.data(), n, d, e * r);
+              reference::add_rmsnorm(sum.data(), y.data(), inverse.data(), x.data(), whole.data(),
+                                     scale.data(), n, d, double{kEps});
+            };
+          }};
+}
+
 void slot_cases(std::vector<OpCase>& t, Index n, Index d, Index e, Index k) {
   const double work = static_cast<double>(n * k * d);
   const auto shape = times({n, d, e, k});
@@ -303,6 +329,10 @@ void add_mixture_cases(std::vector<OpCase>& t) {
   t.push_back(combine_with_update(9, 33, 3, 2, 4));
   t.push_back(combine_with_update(21, 64, 4, 2, 16));
   t.push_back(combine_with_update(130, 576, 8, 2, 16));
+  t.push_back(norm_with_update(9, 33, 3, 2, 4));
+  t.push_back(norm_with_update(21, 64, 4, 2, 16));
+  t.push_back(norm_with_update(130, 576, 8, 2, 16));
+  t.push_back(norm_with_update(700, 1088, 8, 2, 16));
   slot_cases(t, 9, 33, 3, 2);
   slot_cases(t, 128, 576, 8, 2);
 }

@@ -108,6 +108,9 @@ class CudaBackend final : public Backend {
   void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
                         ConstTensor d_out, ConstTensor q, ConstTensor z, const Mixture& m) override;
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override;
+  void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta, ConstTensor z,
+                         ConstTensor b, const Slots& s, ConstTensor w, float eps,
+                         Tensor room) override;
   void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
                          const Slots& slots, Tensor room_for_columns) override;
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override;

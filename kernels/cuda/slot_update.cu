@@ -1,19 +1,18 @@
 // Slots combined with their experts' low-rank updates in the same pass.
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/cuda/low_rank.cuh"
+#include "kernels/cuda/slot_update.cuh"
 
 namespace mixlora {
 namespace {
 
 using cuda::Index;
 using cuda::kWarp;
+using cuda::SlotUpdate;
 using Number = __nv_bfloat16;
 
 constexpr int kRows = cuda::kUpdateRows, kWarps = cuda::kUpdateWarps;
-constexpr int kSlots = 2, kRank = 16;  // what the kernel is for: top-2 of experts of 16 ranks
-constexpr int kOwn = 8, kTile = 8 * kOwn,
-              kTiles = 4;        // columns of a lane, a tile; tiles of a block
-constexpr int kMostExperts = 8;  // their B2 of a block's columns: 64 KiB
+constexpr int kSlots = SlotUpdate::kSlots, kOwn = SlotUpdate::kOwn, kTile = SlotUpdate::kTile,
+              kTiles = SlotUpdate::kTiles;
 
 struct Call {
   Number *y, *core;
@@ -30,32 +29,25 @@ struct Call {
 template <int E>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) combine_kernel(const __grid_constant__ Call m) {
   extern __shared__ __align__(16) std::byte memory[];
-  constexpr int kTileBytes = E * cuda::kUpdateTile<kOwn>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int row0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kRows,
             col0 = static_cast<int>(blockIdx.y) * kTiles * kTile;
   const int tiles = min(kTiles, (m.cols - col0) / kTile);
   const std::uint32_t tile0 = cuda::shared_address(memory);
-  for (int t = 0; t < tiles; ++t)
-    cuda::fetch_update<kOwn, E>(tile0 + static_cast<std::uint32_t>(t * kTileBytes),
-                                m.b + static_cast<Index>(col0 + t * kTile) * (E * kRank), E * kRank,
-                                static_cast<int>(threadIdx.x), kWarps * kWarp);
-  cuda::fetch_commit();
+  SlotUpdate::fetch<E>(tile0, m.b, col0, tiles);
 
   const auto row_of = [&](int i) { return static_cast<Index>(min(row0 + i, m.rows - 1)); };
   // The tensor core's columns are rows g; what leaves it are rows 2q and 2q + 1.
-  uint2 ranks[kSlots];
-  int chosen[kSlots], expert[2][kSlots];
+  cuda::SlotRanks own;
+  own.load(m.z + row_of(g) * m.stride_z, m.expert + row_of(g) * kSlots, q);
+  int expert[2][kSlots];
   unsigned used[kSlots];
   float weight[2][kSlots];
   bool live[2];
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
-    const Number* p = m.z + row_of(g) * m.stride_z + k * kRank + 2 * q;
-    ranks[k] = make_uint2(cuda::load_pair(p), cuda::load_pair(p + 8));
-    chosen[k] = m.expert[row_of(g) * kSlots + k];
-    used[k] = __reduce_or_sync(cuda::kAll, chosen[k] >= 0 ? 1U << chosen[k] : 0U);
+    used[k] = own.used(k);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       live[i] = row0 + 2 * q + i < m.rows;
@@ -82,7 +74,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) combine_kernel(const __grid_
 
   for (int t = 0; t < tiles; ++t) {
     const int col = col0 + t * kTile + kOwn * g;
-    const std::uint32_t tile = tile0 + static_cast<std::uint32_t>(t * kTileBytes);
+    const std::uint32_t tile = tile0 + static_cast<std::uint32_t>(t * SlotUpdate::kTileBytes<E>);
     float sums[kSlots][kOwn / 2][4];
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
@@ -104,10 +96,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) combine_kernel(const __grid_
                                    static_cast<std::uint32_t>(e * cuda::kUpdateTile<kOwn>));
 #pragma unroll
         for (int k = 0; k < kSlots; ++k) {
-          const bool mine = chosen[k] == e;
+          const bool mine = own.expert[k] == e;
           if ((used[k] >> e & 1U) != 0)
-            cuda::mma(sums[k][j], b[0], b[1], b[2], b[3], mine ? ranks[k].x : 0,
-                      mine ? ranks[k].y : 0);
+            cuda::mma(sums[k][j], b[0], b[1], b[2], b[3], mine ? own.z[k].x : 0,
+                      mine ? own.z[k].y : 0);
         }
       }
     }
@@ -138,7 +130,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) combine_kernel(const __grid_
 
 template <int E> void launch(const Call& m, cudaStream_t stream) {
   const auto* kernel = reinterpret_cast<const void*>(combine_kernel<E>);
-  constexpr int kBytes = kTiles * E * cuda::kUpdateTile<kOwn>;
+  constexpr int kBytes = SlotUpdate::kBytes<E>;
   cuda::admit_shared(kernel, kBytes);
   const dim3 grid(static_cast<unsigned>(cuda::ceil_div(m.rows, kWarps * kRows)),
                   static_cast<unsigned>(cuda::ceil_div(m.cols, kTiles * kTile)));
@@ -152,15 +144,10 @@ void CudaBackend::lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstT
                                     ConstTensor scale, const Slots& s, Tensor room_for_columns) {
   const Index rows = y.rows(), cols = y.cols();
   const auto half = [](const auto& t) { return t.dtype == DType::bf16 && cuda::by_eights(t); };
-  const bool fits =
-      half(y) && half(core) && half(z) && half(b) && cuda::by_eights(scale) && s.expert &&
-      s.weight && s.expert.contiguous() && s.weight.contiguous() && core.contiguous() &&
-      b.contiguous() && scale.contiguous() && s.count == kSlots && s.rank == kRank &&
-      (s.experts == 4 || s.experts == kMostExperts) && s.expert.rows() == rows &&
-      s.weight.rows() == rows && core.numel() == kSlots * rows * cols && cols % kTile == 0 &&
-      cols < (1 << 20) && rows < (Index{1} << 24) && z.rows() == rows &&
-      z.cols() == kSlots * kRank && b.rows() == cols && b.cols() == s.experts * kRank &&
-      scale.rows() == s.experts && scale.cols() == cols;
+  const bool fits = half(y) && half(core) && core.contiguous() &&
+                    core.numel() == kSlots * rows * cols && cuda::by_eights(scale) &&
+                    scale.contiguous() && scale.rows() == s.experts && scale.cols() == cols &&
+                    cuda::takes_slots(z, b, s, rows, cols);
   if (!fits) return Backend::lora_slot_combine(y, core, z, b, scale, s, room_for_columns);
   if (rows == 0) return;
   const Call m{cuda::data<Number>(y),
@@ -174,8 +161,8 @@ void CudaBackend::lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstT
                z.stride,
                static_cast<int>(rows),
                static_cast<int>(cols)};
-  if (s.experts == kMostExperts)
-    launch<kMostExperts>(m, stream_);
+  if (s.experts == SlotUpdate::kMostExperts)
+    launch<SlotUpdate::kMostExperts>(m, stream_);
   else
     launch<4>(m, stream_);
 }
