@@ -524,8 +524,8 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
   m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
   m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
   const float keep = dropout_scale(d.p);
-  const int splits = splits_of(ceil_div(m.cols, cuda::kDroppedTile),
-                               cuda::kNormTogether * processors_, m.rows / cuda::kNormStep, 2);
+  const int splits =
+      splits_of(ceil_div(m.cols, cuda::kDroppedTile), processors_, m.rows / cuda::kNormStep, 2);
   m.sums = space.take<float>(static_cast<Index>(splits) * m.rank * m.cols);
   cuda::norm_backward(m,
                       {cuda::data<Number>(ConstTensor(d_y)), cuda::data<Number>(a), d_y.stride,

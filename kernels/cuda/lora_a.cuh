@@ -81,8 +81,9 @@ struct BehindNorm {
   float inverse_s, keep;
   float2* rows;  // room for norm_rows(rows) numbers
 };
-/// Of up to kRankChunks sixteens of ranks: d_x and d_weight's parts; see lora_norm_backward.cu.
-constexpr int kNormTogether = 3, kNormStep = kRows;
+/// Of up to kRankChunks sixteens of ranks: d_x and d_weight's parts; see lora_norm_backward.cu. One
+/// block runs at a time on a processor.
+constexpr int kNormGroups = 3, kNormStep = kNormGroups * kRows;
 Index norm_rows(int rows);
 void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStream_t stream);
 /// Draws m.masks, which warpgroup_weight and input_backward take.

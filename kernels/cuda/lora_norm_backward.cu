@@ -23,8 +23,9 @@ using cuda::kRows;
 using cuda::kWarp;
 using cuda::Number;
 
+// Warps side by side make a group, with tiles of its own; groups of a block share A's columns.
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kWide = kWarps * kColumns;
-constexpr int kStages = 4, kTogether = cuda::kNormTogether;
+constexpr int kGroups = cuda::kNormGroups, kStages = 4;
 static_assert(kWide == cuda::kDroppedTile);
 
 __device__ uint4 load_past_near(const Number* p) {
@@ -68,37 +69,45 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const DroppedA m, const 
 }
 
 /// A tile of 16 rows in shared memory: x, d_y and d_x as each lane of each warp fetched its own,
-/// then what all warps read: d_a, the rows' ids and numbers. Behind the ring are A's columns; over
-/// it, at the end, each warp's d_weight as rows of 32 columns.
+/// then what all warps read: d_a, the rows' ids and numbers. Behind the groups' rings are A's
+/// columns; over them, at the end, d_weight as each warp's rows of 32 columns.
 template <int C> struct Stage {
   static constexpr int kOwn = 6 * kPiece, kRanks = kWarps * kOwn, kIds = kRanks + C * kPiece,
                        kNumbers = kIds + 16 * kRows, kBytes = kNumbers + 8 * kRows;
-  static constexpr int kFactor = C * kFactorBytes, kMemory = kStages * kBytes + kWarps * kFactor;
+  static constexpr int kRing = kStages * kBytes, kFactor = C * kFactorBytes,
+                       kMemory = kGroups * kRing + kWarps * kFactor;
   static constexpr int kSums = 16 * C * (kColumns + 1);
   static_assert(kWarps * kSums * 4 <= kMemory);
 };
 
+/// Meets the threads of one group.
+__device__ void meet(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+}
+
 /// grid (columns / 128, splits): d_x += r w d - x k of d = d_y + drop(d_a A), and d_a^T drop(y) of
-/// the split's tiles, which are `splits` apart. A warp has 32 columns, A's of them in shared
-/// memory.
+/// the split's tiles. Neighbouring tiles are different groups', so that all blocks go down the rows
+/// together. A warp has 32 columns.
 template <int C>
-__global__ void __launch_bounds__(kThreads, kTogether)
+__global__ void __launch_bounds__(kGroups* kThreads, 1)
     backward_kernel(const DroppedA m, const BehindNorm n) {
   extern __shared__ __align__(128) std::byte memory[];
   using S = Stage<C>;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+  const int group = static_cast<int>(threadIdx.x) / kThreads,
+            warp = static_cast<int>(threadIdx.x) / kWarp % kWarps,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const int col0 = static_cast<int>(blockIdx.x) * kWide + warp * kColumns;
   const bool there = col0 < m.cols;  // else the warp only fetches for the others
   const int col = (there ? col0 : 0) + 8 * q;
-  const int tiles = ceil_div(m.rows, kRows), splits = static_cast<int>(gridDim.y);
-  const std::uint32_t base = cuda::shared_address(memory);
+  const int tiles = ceil_div(m.rows, kRows), step = static_cast<int>(gridDim.y) * kGroups;
+  std::byte* const ring = memory + group * S::kRing;
+  const std::uint32_t base = cuda::shared_address(ring);
 
   // A rank's 32 columns in 64 bytes, in the order of the product tiles (rank_tiles.cuh); pieces
   // turned so that eight ranks' of one tile lie in different banks.
-  const std::uint32_t own_a =
-      base + static_cast<std::uint32_t>(kStages * S::kBytes + warp * S::kFactor);
-  for (int i = lane; i < 16 * C * kColumns / 2; i += kWarp) {
+  const std::uint32_t own_a = cuda::shared_address(memory) +
+                              static_cast<std::uint32_t>(kGroups * S::kRing + warp * S::kFactor);
+  for (int i = group * kWarp + lane; i < 16 * C * kColumns / 2; i += kGroups * kWarp) {
     const int rank = i / (kColumns / 2), pair = i % (kColumns / 2);
     const bool have = there && rank < m.rank;
     cuda::fetch4(own_a + static_cast<std::uint32_t>(rank * 2 * kColumns +
@@ -106,10 +115,11 @@ __global__ void __launch_bounds__(kThreads, kTogether)
                  have ? m.weight + static_cast<Index>(rank) * m.cols + col0 + 2 * pair : m.weight,
                  have);
   }
+  cuda::fetch_commit();
   const std::uint32_t factor = own_a + static_cast<std::uint32_t>(lane % 16 * 2 * kColumns +
                                                                   16 * (lane / 16 ^ lane % 8 / 2));
   const std::uint32_t own_ranks = static_cast<std::uint32_t>(S::kRanks) + cuda::rank_row(lane);
-  std::byte* own = memory + warp * S::kOwn + 16 * lane;
+  std::byte* own = ring + warp * S::kOwn + 16 * lane;
 
   const auto fetch = [&](int tile, int stage) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * S::kBytes);
@@ -144,18 +154,21 @@ __global__ void __launch_bounds__(kThreads, kTogether)
     if (tile < tiles) fetch(tile, stage);
     cuda::fetch_commit();
   };
-  const int begin = static_cast<int>(blockIdx.y);
+  const int begin = static_cast<int>(blockIdx.y) * kGroups + group;
 #pragma unroll
-  for (int i = 0; i + 1 < kStages; ++i) send(begin + i * splits, i);
+  for (int i = 0; i + 1 < kStages; ++i) send(begin + i * step, i);
   const cuda::Eight w = cuda::load8(n.w + col);
+
+  cuda::fetch_wait<kStages - 1>();  // A's columns
+  __syncthreads();
 
   float d_weight[2][2 * C][4] = {};
   int stage = 0;
-  for (int tile = begin; tile < tiles; tile += splits) {
+  for (int tile = begin; tile < tiles; tile += step) {
     cuda::fetch_wait<kStages - 2>();
-    __syncthreads();
-    send(tile + (kStages - 1) * splits, (stage + kStages - 1) % kStages);
-    const std::byte *here = memory + stage * S::kBytes, *mine = own + stage * S::kBytes;
+    meet(group);
+    send(tile + (kStages - 1) * step, (stage + kStages - 1) % kStages);
+    const std::byte *here = ring + stage * S::kBytes, *mine = own + stage * S::kBytes;
     const std::uint32_t ranks = base + static_cast<std::uint32_t>(stage * S::kBytes) + own_ranks;
     stage = (stage + 1) % kStages;
     if (!there) continue;
@@ -220,21 +233,27 @@ __global__ void __launch_bounds__(kThreads, kTogether)
     }
   }
   cuda::fetch_wait<0>();
+
+  // The groups' sums, in their order.
+  float* sums = reinterpret_cast<float*>(memory) + warp * S::kSums;
+  for (int k = 0; k < kGroups; ++k) {
+    __syncthreads();
+    if (k != group) continue;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+      for (int i = 0; i < 2 * C; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float& to = sums[(8 * i + 2 * q + c % 2) * (kColumns + 1) + g / 2 * 8 +
+                           2 * (2 * pair + c / 2) + g % 2];
+          to = k == 0 ? d_weight[pair][i][c] : to + d_weight[pair][i][c];
+        }
+  }
   __syncthreads();
   if (!there) return;
-
-  float* sums = reinterpret_cast<float*>(memory) + warp * S::kSums;
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-    for (int i = 0; i < 2 * C; ++i)
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        sums[(8 * i + 2 * q + c % 2) * (kColumns + 1) + g / 2 * 8 + 2 * (2 * pair + c / 2) +
-             g % 2] = d_weight[pair][i][c];
-  __syncwarp();
   float* out = m.sums + static_cast<Index>(blockIdx.y) * m.rank * m.cols + col0 + lane;
-  for (int rank = 0; rank < m.rank; ++rank)
+  for (int rank = group; rank < m.rank; rank += kGroups)
     out[static_cast<Index>(rank) * m.cols] = sums[rank * (kColumns + 1) + lane];
 }
 
@@ -251,7 +270,7 @@ void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStrea
     constexpr int kBytes = Stage<chunks()>::kMemory;
     admit_shared(reinterpret_cast<const void*>(kernel), kBytes);
     kernel<<<dim3(static_cast<unsigned>(ceil_div(m.cols, kWide)), static_cast<unsigned>(splits)),
-             kThreads, static_cast<std::size_t>(kBytes), stream>>>(m, n);
+             kGroups * kThreads, static_cast<std::size_t>(kBytes), stream>>>(m, n);
     launched("lora_a_rmsnorm_backward");
   });
 }
