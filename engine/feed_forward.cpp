@@ -94,13 +94,15 @@ void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Te
   }
 }
 
-/// The slots of a group's rows; of the selected ones too where the layer hands on those alone.
+/// The slots of a group's rows; of the selected ones too where the layer hands on those alone. A of
+/// gate and up of the same rows goes with the router.
 void Transformer::route_group(const Step& step, std::size_t i, const Group& g, GroupKept& gk,
                               Tensor normed) {
   const DeviceAdapter& ad = *g.adapter;
   gk.slots.experts = ad.experts;
   gk.slots.count = ad.slots;
   gk.slots.rank = ad.rank;
+  gk.a_ffn = {};
   if (!has_router(ad.spec)) return;
   // Switch's jitter changes what its experts and its router see.
   const float amount = rate(step, static_cast<float>(jitter_noise(ad.spec)));
@@ -116,7 +118,15 @@ void Transformer::route_group(const Step& step, std::size_t i, const Group& g, G
   gk.logits = kept_.take({g.rows(), ad.experts}, DType::f32);
   gk.probabilities = kept_.take({g.rows(), ad.experts}, DType::f32);
   gk.routed = take(g.rows());
-  ops_.router_logits(gk.logits, normed, layer_of(g, i).router.value);
+  const AdapterLayer& l = layer_of(g, i);
+  const Tensor both = stacked(l.gate_a.compute, l.up_a.compute);
+  if (both && !narrows(step, i)) {
+    gk.a_ffn = kept_.take({g.rows(), both.rows()}, normed.dtype);
+    through_a_and_router(step, g, i, site_ffn, ad.expert_p, gk.a_ffn, gk.logits, normed, both,
+                         l.router.value, ad.ffn_scale);
+  } else {
+    ops_.router_logits(gk.logits, normed, l.router.value);
+  }
   ops_.route(gk.routed, gk.probabilities, flat_row(ad.stats, i), gk.logits, ad.router, g.sequences);
   gk.slots = gk.routed;
   if (!narrows(step, i)) return;
@@ -143,7 +153,7 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
   const DeviceAdapter& ad = *g.adapter;
   const AdapterLayer& l = layer_of(g, i);
   const std::int64_t width = ad.experts * ad.rank;
-  if (has_a(l)) {
+  if (has_a(l) && !gk.a_ffn) {
     gk.a_ffn = kept_.take({n, 2 * width}, type);
     const auto through = [&](Tensor a, ConstTensor weight) {
       through_a(step, g, i, site_ffn, ad.expert_p, a, normed, weight, ad.ffn_scale);
@@ -207,9 +217,14 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     x = scratch_.take({rows.rows, c.hidden}, type);
     d_in = scratch_.take({rows.rows, c.hidden}, type);
   }
-  // A of gate and up goes with the norm before it where nothing else reads the norm's rows.
+  // A of gate and up, and a router, go with the norm before them where nothing else reads or
+  // changes the norm's rows.
   const auto with_norm = [&](const Group& g) {
-    if (narrow || g.adapter == nullptr || has_router(g.adapter->spec)) return false;
+    if (narrow || g.adapter == nullptr) return false;
+    const DeviceAdapter& ad = *g.adapter;
+    if (has_router(ad.spec) && (jitter_noise(ad.spec) > 0 ||
+                                (ad.router.capacity > 0 && ad.router.overflow == Overflow::input)))
+      return false;
     const AdapterLayer& l = layer_of(g, i);
     return stacked(l.gate_a.compute, l.up_a.compute) && stacked(l.gate_a.grad, l.up_a.grad);
   };
@@ -335,13 +350,6 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const DeviceAdapter& ad = *g.adapter;
     const AdapterLayer& l = layer_of(g, i);
     const Scratch::Frame inner(scratch_);
-    if (with_norm(g)) {
-      through_a_and_norm_backward(step, g, i, site_ffn, ad.expert_p,
-                                  stacked(l.gate_a.grad, l.up_a.grad), d_x_rows, d_own, ps[j],
-                                  stacked(l.gate_a.compute, l.up_a.compute), k.groups[j].a_ffn,
-                                  ad.ffn_scale, x2, w.post_norm, r2, own);
-      continue;
-    }
     const bool routed = has_router(ad.spec);
     Tensor d_logits;
     if (routed) {
@@ -358,6 +366,17 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     }
     const Tensor both = stacked(l.gate_a.compute, l.up_a.compute),
                  d_both = stacked(l.gate_a.grad, l.up_a.grad);
+    if (with_norm(g)) {
+      if (routed)
+        through_a_router_and_norm_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad,
+                                           d_x_rows, d_own, ps[j], d_logits, both, l.router.value,
+                                           x2, w.post_norm, r2, own);
+      else
+        through_a_and_norm_backward(step, g, i, site_ffn, ad.expert_p, d_both, d_x_rows, d_own,
+                                    ps[j], both, k.groups[j].a_ffn, ad.ffn_scale, x2, w.post_norm,
+                                    r2, own);
+      continue;
+    }
     const bool together = ps[j] && both && d_both && routed && !narrow;
     if (together) {
       through_a_and_router_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad, d_own,

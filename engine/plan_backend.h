@@ -54,6 +54,11 @@ class PlanBackend final : public Backend {
                                Tensor, Tensor) override {}
   void lora_a_router_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                               ConstTensor, ConstTensor, const Dropout&, RowIds, Tensor) override {}
+  void lora_a_router(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, float, const Dropout&,
+                     RowIds, Tensor) override {}
+  void lora_a_router_rmsnorm_backward(Tensor, Tensor, Tensor, Tensor, ConstTensor, ConstTensor,
+                                      ConstTensor, ConstTensor, const Dropout&, RowIds, ConstTensor,
+                                      ConstTensor, ConstTensor, Tensor, Tensor) override {}
   void lora_b_backward(std::span<const LowRankBackward>, float) override {}
   void add_lora_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, const LowRank&, ConstTensor,
                         float) override {}

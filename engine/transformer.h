@@ -111,6 +111,10 @@ class Transformer {
   /// a = s dropout(x) A^T of a group's rows.
   void through_a(const Step& step, const Group& g, std::size_t layer, std::uint32_t site, float p,
                  Tensor a, ConstTensor x, ConstTensor weight, float s);
+  /// The same, and the logits of a router that reads the same x.
+  void through_a_and_router(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
+                            float p, Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
+                            ConstTensor router, float s);
   /// The gradients of A and, when d_x is there, of x, added.
   void through_a_backward(const Step& step, const Group& g, std::size_t layer, std::uint32_t site,
                           float p, Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
@@ -127,6 +131,13 @@ class Transformer {
                                    Tensor d_y, ConstTensor d_a, ConstTensor weight, ConstTensor a,
                                    float s, ConstTensor input, ConstTensor norm, ConstTensor r,
                                    Tensor room);
+  /// The same with a router that reads x too.
+  void through_a_router_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
+                                          std::uint32_t site, float p, Tensor d_weight,
+                                          Tensor d_router, Tensor d_input, Tensor d_y,
+                                          ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
+                                          ConstTensor router, ConstTensor input, ConstTensor norm,
+                                          ConstTensor r, Tensor room);
 
   Backend& ops_;
   const Model& model_;

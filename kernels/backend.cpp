@@ -49,6 +49,22 @@ void Backend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, C
   router_backward(d_wg, d_x, d_logits, x, wg);
 }
 
+void Backend::lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
+                            ConstTensor wg, float s, const Dropout& d, RowIds ids, Tensor room) {
+  router_logits(logits, x, wg);
+  lora_a(a, x, weight, s, d, ids, room);
+}
+
+void Backend::lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
+                                             ConstTensor d_a, ConstTensor d_logits,
+                                             ConstTensor weight, ConstTensor wg, const Dropout& d,
+                                             RowIds ids, ConstTensor x, ConstTensor w,
+                                             ConstTensor r, Tensor y, Tensor room) {
+  rmsnorm_again(y, x, w, r);
+  lora_a_router_backward(d_weight, d_wg, d_y, d_a, d_logits, y, weight, wg, d, ids, room);
+  rmsnorm_backward(d_x, d_y, x, w, r);
+}
+
 void Backend::add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                const LowRank& update, ConstTensor w, float eps) {
   if (update.a) gemm(delta, update.a, false, update.b, true, 1, 1);

@@ -274,6 +274,16 @@ class Backend {
   virtual void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                                       ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                                       ConstTensor wg, const Dropout& d, RowIds ids, Tensor room);
+  /// lora_a and router_logits of one x.
+  virtual void lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
+                             ConstTensor wg, float s, const Dropout& d, RowIds ids, Tensor room);
+  /// lora_a_rmsnorm_backward with a router behind the norm too: d_y gets what
+  /// lora_a_router_backward adds.
+  virtual void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
+                                              ConstTensor d_a, ConstTensor d_logits,
+                                              ConstTensor weight, ConstTensor wg, const Dropout& d,
+                                              RowIds ids, ConstTensor x, ConstTensor w,
+                                              ConstTensor r, Tensor y, Tensor room);
   /// add_rmsnorm of x and scale (delta + a B^T). `delta` is overwritten: where there is a scale, by
   /// delta + a B^T.
   virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,

@@ -167,6 +167,21 @@ class TimedBackend final : public Backend {
                                     room);
     });
   }
+  void lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight, ConstTensor wg,
+                     float s, const Dropout& d, RowIds ids, Tensor room) override {
+    timed(Family::factors, "lora_a_router",
+          [&] { inner_.lora_a_router(a, logits, x, weight, wg, s, d, ids, room); });
+  }
+  void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
+                                      ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
+                                      ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor x,
+                                      ConstTensor w, ConstTensor r, Tensor y,
+                                      Tensor room) override {
+    timed(Family::factors, "lora_a_router_rmsnorm_backward", [&] {
+      inner_.lora_a_router_rmsnorm_backward(d_weight, d_wg, d_x, d_y, d_a, d_logits, weight, wg, d,
+                                            ids, x, w, r, y, room);
+    });
+  }
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override {
     timed(Family::factors, "lora_b_backward", [&] { inner_.lora_b_backward(all, s); });
   }

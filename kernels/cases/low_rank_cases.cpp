@@ -171,6 +171,66 @@ OpCase router_backward(Index n, Index d, Index rank, Index experts, float p) {
           }};
 }
 
+/// A and a router beside it.
+OpCase router_forward(Index n, Index d, Index rank, Index experts, float p) {
+  return {"lora_a_router " + times({n, d, rank, experts}) + (p > 0 ? "" : " kept"), kSummed,
+          2.0 * static_cast<double>(n * d * (rank + experts)), [=](Workbench& w) {
+            const Dropout drop{p, w.key(), 7, site_ffn};
+            Array &x = w.input({n, d}, w.act()), &weight = w.input({rank, d}, w.act(), 0.1),
+                  &wg = w.input({experts, d}, DType::f32, 0.02), &ids = w.row_ids(n),
+                  &room = w.scratch({n, d});
+            Array &a = w.output("a", {n, rank}, w.act()),
+                  &logits = w.output("logits", {n, experts}, DType::f32);
+            w.run = [=, &w, &x, &weight, &wg, &ids, &room, &a, &logits] {
+              w.ops.lora_a_router(a.device, logits.device, x.device, weight.device, wg.device, 2,
+                                  drop, ids.device, room.device);
+            };
+            w.reference = [=, &x, &weight, &wg, &ids, &a, &logits] {
+              reference::lora_a(a.data(), x.data(), weight.data(), 2, drop, ids.index(), n, d,
+                                rank);
+              reference::router_logits(logits.data(), x.data(), wg.data(), n, d, experts);
+            };
+          }};
+}
+
+/// Both ways back to one norm.
+OpCase router_norm_backward(Index n, Index d, Index rank, Index experts, float p) {
+  return {"lora_a_router_rmsnorm_backward " + times({n, d, rank, experts}) + (p > 0 ? "" : " kept"),
+          kSummed, static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank + experts)),
+          [=](Workbench& w) {
+            const Dropout drop{p, w.key(), 7, site_ffn};
+            Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
+                  &wg = w.input({experts, d}, DType::f32, 0.02),
+                  &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
+                  &d_a = w.input({n, rank}, w.act()), &d_logits = w.input({n, experts}, DType::f32);
+            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
+                  &room = w.scratch({n, d});
+            Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
+                  &d_wg = w.updated("d_wg", {experts, d}, DType::f32),
+                  &d_x = w.updated("d_x", {n, d}, w.act());
+            w.run = [=, &w, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &y, &room,
+                     &d_weight, &d_wg, &d_x] {
+              w.ops.lora_a_router_rmsnorm_backward(d_weight.device, d_wg.device, d_x.device,
+                                                   d_y.device, d_a.device, d_logits.device,
+                                                   a.device, wg.device, drop, ids.device, x.device,
+                                                   scale.device, r.device, y.device, room.device);
+            };
+            w.reference = [=, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &d_weight,
+                           &d_wg, &d_x] {
+              std::vector<double> seen(static_cast<std::size_t>(n * d)), whole = d_y.host;
+              for (Index i = 0; i < n * d; ++i)
+                seen[static_cast<std::size_t>(i)] =
+                    x.data()[i] * r.data()[i / d] * scale.data()[i % d];
+              reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
+                                         a.data(), drop, ids.index(), n, d, rank);
+              reference::router_backward(d_wg.data(), whole.data(), d_logits.data(), seen.data(),
+                                         wg.data(), n, d, experts);
+              reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(),
+                                          r.data(), n, d);
+            };
+          }};
+}
+
 /// ranks of q, k, v; 0: not adapted. The first `scaled` of them have a scale.
 OpCase rope(Index n, Heads h, std::array<Index, 3> ranks, std::size_t scaled = 0) {
   const Index d = h.head_dim, width = (h.heads + 2 * h.kv_heads) * d;
@@ -240,6 +300,18 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(router_backward(150, 288, 256, 8, 0.05F));
   t.push_back(router_backward(33, 96, 128, 8, 0));
   t.push_back(router_backward(21, 64, 80, 11, 0.1F));
+  t.push_back(router_backward(130, 160, 72, 4, 0.1F));
+  t.push_back(router_backward(70, 1120, 328, 8, 0.1F));
+  t.push_back(router_forward(5, 13, 3, 3, 0.3F));
+  t.push_back(router_forward(37, 96, 72, 4, 0.1F));
+  t.push_back(router_forward(150, 1120, 256, 8, 0.05F));
+  t.push_back(router_forward(70, 288, 328, 8, 0.1F));
+  t.push_back(router_forward(33, 96, 128, 8, 0));
+  t.push_back(router_norm_backward(5, 13, 3, 3, 0.3F));
+  t.push_back(router_norm_backward(37, 96, 72, 4, 0.1F));
+  t.push_back(router_norm_backward(530, 288, 256, 8, 0.05F));
+  t.push_back(router_norm_backward(1100, 96, 72, 4, 0.1F));
+  t.push_back(router_norm_backward(33, 96, 128, 8, 0));
   t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}));
   t.push_back(rope(11, {2, 1, 64}, {8, 0, 8}));
   t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));

@@ -671,8 +671,9 @@ template <bool Scaled>
 void launch_both(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
                  cudaStream_t stream) {
   const int pairs = static_cast<int>(ceil_div<Index>(max_length, 2 * kBlockRows));
-  const CUtensorMap qkv = map_of(c.qkv, rows, c.width()),
-                    d_o = map_of(c.d_o, rows, static_cast<Index>(c.heads) * kTileColumns);
+  const Index width = static_cast<Index>(c.heads) * kTileColumns;
+  const CUtensorMap qkv = map_of(c.qkv, rows, c.width(), c.width()),
+                    d_o = map_of(c.d_o, rows, width, width);
   launch_walk(warpgroup_d_query<Scaled>, c, c.heads, pairs, processors,
               static_cast<int>(sizeof(QueryRoom)), stream, qkv, d_o, c, pairs);
   launch_walk(warpgroup_d_key_value<Scaled>, c, c.kv_heads, pairs, processors,

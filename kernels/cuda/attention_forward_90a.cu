@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 }  // namespace
 
-CUtensorMap map_of(const Number* x, Index rows, Index columns) {
+CUtensorMap map_of(const __nv_bfloat16* x, Index rows, Index columns, Index stride) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
@@ -208,12 +208,12 @@ CUtensorMap map_of(const Number* x, Index rows, Index columns) {
   }();
   CUtensorMap map;
   const cuuint64_t extents[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-                   strides[1] = {static_cast<cuuint64_t>(columns) * sizeof(Number)};
+                   strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(*x)};
   const cuuint32_t box[2] = {kHalfColumns, kBoxRows}, steps[2] = {1, 1};
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<Number*>(x), extents, strides,
-             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<__nv_bfloat16*>(x), extents,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("CUDA: no tensor map of attention's rows");
+    throw std::runtime_error("CUDA: no tensor map of these rows");
   return map;
 }
 
@@ -221,7 +221,8 @@ void warpgroup_forward(const AttentionCall<Number>& c, Index rows, Index max_len
                        cudaStream_t stream) {
   const int pairs = static_cast<int>(ceil_div<Index>(max_length, 2 * kBlockRows));
   launch_walk(warpgroup_forward_kernel, c, c.heads, pairs, processors,
-              static_cast<int>(sizeof(Room)), stream, map_of(c.qkv, rows, c.width()), c, pairs);
+              static_cast<int>(sizeof(Room)), stream, map_of(c.qkv, rows, c.width(), c.width()), c,
+              pairs);
 }
 
 }  // namespace mixlora::cuda

@@ -89,8 +89,6 @@ __device__ inline void warp_arrives(Barrier* b) {
   if (threadIdx.x % kWarp == 0) arrive(b);
 }
 
-/// A matrix (rows, columns) of bf16 as fetch_tile wants it. In attention_forward_90a.cu.
-CUtensorMap map_of(const Number* x, Index rows, Index columns);
 /// Launches a kernel on every processor, or on as many as there are pairs of tiles.
 template <class... Parameters, class... Arguments>
 void launch_walk(void (*kernel)(Parameters...), const AttentionCall<Number>& c, int heads,

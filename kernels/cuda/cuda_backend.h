@@ -69,6 +69,12 @@ class CudaBackend final : public Backend {
   void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                               ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                               ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) override;
+  void lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight, ConstTensor wg,
+                     float s, const Dropout& d, RowIds ids, Tensor room) override;
+  void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
+                                      ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
+                                      ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor x,
+                                      ConstTensor w, ConstTensor r, Tensor y, Tensor room) override;
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override;
   void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                         const LowRank& update, ConstTensor w, float eps) override;
@@ -146,6 +152,10 @@ class CudaBackend final : public Backend {
     std::byte *at_, *end_;
   };
   Room room() const;
+  /// lora_a_router_backward, x by a norm where w and r are there; false when other kernels must.
+  bool with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a, ConstTensor d_logits,
+                   ConstTensor x, ConstTensor weight, ConstTensor wg, const Dropout& d, RowIds ids,
+                   ConstTensor w, ConstTensor r);
   /// d_wg += d_logits^T x, router_backward's other half.
   void router_weight_backward(Tensor d_wg, ConstTensor d_logits, ConstTensor x);
   /// c = alpha op(a) op(b) + beta c; the one way to cuBLASLt.

@@ -1,6 +1,6 @@
 // Dropout and A in one pass over x, forward and backward: the rows that dropout leaves are never in
 // memory. Traffic: forward D numbers a row; backward 3 D (x, d_x read and written). The kernels
-// here are for a few ranks; lora_a_tiles.cu and lora_a_90a.cu have the others.
+// here are for a few ranks, d_weight by tiles in lora_a_tiles.cu; lora_a_90a.cu has many.
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -23,7 +23,8 @@ using cuda::Number;
 constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
 constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
-// Of many ranks: floats of a part of the sums, numbers that a mask is for.
+// Of many ranks: steps of a block, floats of a part of the sums, numbers that a mask is for.
+constexpr int kLeastSteps = 6;
 constexpr Index kMostSums = Index{1} << 23, kMostMasked = Index{1} << 28;
 
 using Call = cuda::DroppedA;
@@ -124,19 +125,26 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 2)
   }
 }
 
-/// a = s times the sum over the splits, in their order; two numbers a thread.
+/// a = s times the sum over the splits, in their order, and a router's logits; two numbers a
+/// thread.
 __global__ void a_kernel(Number* a, Index stride, const float2* sums, int rows, int rank,
-                         int splits, float s) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), half = rank / 2;
-  if (i >= rows * half) return;
+                         int splits, float s, const cuda::Routed router) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x),
+            pairs = (rank + router.more_forward()) / 2;
+  if (i >= rows * pairs) return;
   float2 sum = make_float2(0, 0);
 #pragma unroll 4
   for (int k = 0; k < splits; ++k) {
-    const float2 part = sums[static_cast<Index>(k) * rows * half + i];
+    const float2 part = sums[static_cast<Index>(k) * rows * pairs + i];
     sum.x += part.x, sum.y += part.y;
   }
-  *reinterpret_cast<unsigned*>(a + i / half * stride + i % half * 2) =
-      cuda::pack2(s * sum.x, s * sum.y);
+  const int row = i / pairs, r = i % pairs * 2, e = r - rank;
+  if (e < 0) {
+    *reinterpret_cast<unsigned*>(a + row * stride + r) = cuda::pack2(s * sum.x, s * sum.y);
+  } else if (e < router.experts) {
+    float* to = router.logits + row * router.stride_logits + e;
+    to[0] = sum.x, to[1] = sum.y;
+  }
 }
 
 /// A warp's stage of the backward kernel: x and d_x of rows g and g + 8, the 16 rows' d_a, ids.
@@ -283,10 +291,11 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
         numbers[i / kColumns * (kColumns + 1) + i % kColumns];
 }
 
-/// d_weight += keep times the sum over the splits, in their order; four numbers a thread. grid y 1:
-/// A turned over, (columns, rank); eight ranks a thread.
-__global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count, int splits,
-                                float keep, Number* turned, const Number* weight, int cols) {
+/// d_weight += keep times the sum over the splits, in their order, and d_wg, `more` of the sums
+/// behind; four numbers a thread. grid y 1: A turned over, (columns, rank); eight ranks a thread.
+__global__ void d_weight_kernel(float4* d_weight, float4* d_wg, const float4* sums, int count,
+                                int more, int splits, float keep, Number* turned,
+                                const Number* weight, int cols) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (blockIdx.y == 1) {
     const int col = i % cols, r = i / cols * 8, rank = 4 * count / cols;
@@ -300,16 +309,18 @@ __global__ void d_weight_kernel(float4* d_weight, const float4* sums, int count,
     cuda::write4(turned + static_cast<Index>(col) * rank + r, words);
     return;
   }
-  if (i >= count) return;
+  if (i >= count + more) return;
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
   for (int k = 0; k < splits; ++k) {
-    const float4 part = sums[static_cast<Index>(k) * count + i];
+    const float4 part = sums[static_cast<Index>(k) * (count + more) + i];
     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
   }
-  float4 to = d_weight[i];
+  float4* at = i < count ? d_weight + i : d_wg + (i - count);
+  if (i >= count) keep = 1;
+  float4 to = *at;
   to.x += keep * sum.x, to.y += keep * sum.y, to.z += keep * sum.z, to.w += keep * sum.w;
-  d_weight[i] = to;
+  *at = to;
 }
 
 template <class View> bool by_sixteen_bytes(const View& t) {
@@ -362,16 +373,29 @@ int splits_of(int blocks, int together, int steps, int least) {
   return std::clamp(together / blocks, 1, std::max(1, steps / least));
 }
 
-/// The sums' parts into d_weight. `turned`, unless null: room for A turned over.
+/// The sums' parts into d_weight, and d_wg of a router. `turned`, unless null: room for A turned
+/// over.
 void add_weight(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
-                cudaStream_t stream) {
+                cudaStream_t stream, const cuda::Routed& router = {}) {
   constexpr int kThreads = 256;
-  const int count = m.rank * m.cols / 4;
-  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)), turned != nullptr ? 2 : 1);
+  const int count = m.rank * m.cols / 4, more = router.more() * m.cols / 4;
+  const dim3 grid(static_cast<unsigned>(ceil_div(count + more, kThreads)),
+                  turned != nullptr ? 2 : 1);
   d_weight_kernel<<<grid, kThreads, 0, stream>>>(
       reinterpret_cast<float4*>(cuda::data<float>(d_weight)),
-      reinterpret_cast<const float4*>(m.sums), count, splits, keep, turned, m.weight, m.cols);
+      reinterpret_cast<float4*>(router.d_wg), reinterpret_cast<const float4*>(m.sums), count, more,
+      splits, keep, turned, m.weight, m.cols);
   cuda::launched("lora_a_backward");
+}
+/// The sums' parts into a, and a router's logits.
+void add_a(const Call& m, int splits, Tensor a, float s, cudaStream_t stream,
+           const cuda::Routed& router = {}) {
+  constexpr int kThreads = 256;
+  const int pairs = m.rows * (m.rank + router.more_forward()) / 2;
+  a_kernel<<<static_cast<unsigned>(ceil_div(pairs, kThreads)), kThreads, 0, stream>>>(
+      cuda::data<Number>(a), a.stride, reinterpret_cast<const float2*>(m.sums), m.rows, m.rank,
+      splits, s, router);
+  cuda::launched("lora_a");
 }
 /// d_weight and d_x of a few ranks.
 template <class Room>
@@ -404,33 +428,54 @@ void few_weight(Call m, Room space, int processors, Tensor d_weight, float keep,
   add_weight(m, splits, d_weight, keep, nullptr, stream);
 }
 #ifdef MIXLORA_WARPGROUPS
-/// Bytes of masks.
-Index masks_of(const Call& m) { return static_cast<Index>(m.rows) * (m.cols / 8); }
-/// Blocks of a part of many ranks.
-int many_blocks(const Call& m, int size) {
-  return ceil_div(size, cuda::kDroppedTile) * ceil_div(m.rank, m.rank > 128 ? 256 : 128);
+/// Parts of a sum over `inner` numbers, `size` sums of each rank.
+int parts_of(const Call& m, int size, int inner, int processors) {
+  return splits_of(ceil_div(size, cuda::kDroppedTile) * ceil_div(m.rank, m.rank > 128 ? 256 : 128),
+                   processors, inner / cuda::kWarpgroupStep, kLeastSteps);
 }
 #endif
-/// d_weight of many ranks, and d_x when m has one, with what a router sends back.
+/// a of many ranks, and a router's logits.
+template <class Room>
+void many_forward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
+                  [[maybe_unused]] int processors, [[maybe_unused]] Tensor a,
+                  [[maybe_unused]] float s, [[maybe_unused]] const cuda::Routed& router,
+                  [[maybe_unused]] cudaStream_t stream) {
+#ifdef MIXLORA_WARPGROUPS
+  const int splits = parts_of(m, m.rows, m.cols, processors);
+  m.sums = space.template take<float>(static_cast<Index>(splits) * m.rows *
+                                      (m.rank + router.more_forward()));
+  cuda::warpgroup_forward(m, router, splits, stream);
+  add_a(m, splits, a, s, stream, router);
+#endif
+}
+/// d_weight of many ranks, and d_x when m has one, with what a router gets and sends back.
 template <class Room>
 void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
                    [[maybe_unused]] int processors, [[maybe_unused]] Tensor d_weight,
                    [[maybe_unused]] float keep, [[maybe_unused]] const cuda::Routed& router,
                    [[maybe_unused]] cudaStream_t stream) {
 #ifdef MIXLORA_WARPGROUPS
-  const int splits =
-      splits_of(many_blocks(m, m.cols), processors, m.rows / cuda::kWarpgroupStep, 2);
-  const Index size = static_cast<Index>(m.rank) * m.cols;
-  m.sums = space.template take<float>(splits * size);
-  auto* turned = m.d_x != nullptr ? space.template take<Number>(size) : nullptr;
-  m.masks = space.template take<std::uint8_t>(masks_of(m));
+  const int splits = parts_of(m, m.cols, m.rows, processors);
+  m.sums =
+      space.template take<float>(static_cast<Index>(splits) * m.cols * (m.rank + router.more()));
+  m.masks = space.template take<std::uint8_t>(static_cast<Index>(m.rows) * (m.cols / 8));
   cuda::draw_masks(m, stream);
-  cuda::warpgroup_weight(m, splits, stream);
-  add_weight(m, splits, d_weight, keep, turned, stream);
-  if (m.d_x != nullptr) cuda::input_backward(m, turned, keep, router, stream);
+  cuda::warpgroup_weight(m, router, splits, stream);
+  add_weight(m, splits, d_weight, keep, nullptr, stream, router);
+  if (m.d_x == nullptr) return;
+  const int blocks = ceil_div(m.rows, cuda::kDroppedTile),
+            least = ceil_div(m.cols, cuda::kMostInputColumns);
+  cuda::warpgroup_input(
+      m, router, keep,
+      std::max(least, splits_of(blocks, processors, m.cols / cuda::kWarpgroupStep, kLeastSteps)),
+      stream);
 #endif
 }
-
+/// A router beside A as the kernels of many ranks take it.
+bool takes_router(ConstTensor wg) {
+  return wg.rows() <= cuda::kRoutedExperts && wg.rows() % 4 == 0 && wg.stride % 4 == 0 &&
+         reinterpret_cast<std::uintptr_t>(wg.data) % 16 == 0;
+}
 }  // namespace
 
 void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
@@ -439,36 +484,38 @@ void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, c
   if (!takes(device_, x, weight, d) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
   Call m = call_of(x, weight, d, ids);
-  int splits = 0;
-  const auto take_sums = [&] { m.sums = room().take<float>(splits * x.rows() * weight.rows()); };
-  if (few(m.rank)) {
-    const int blocks = ceil_div(m.rows, kForwardRows);
-    int columns = most_columns(ceil_div(m.rank, 16));
-    while (columns > 128 && blocks * ceil_div(m.cols, columns) < processors_ * 3 / 2) columns /= 2;
-    splits = ceil_div(m.cols, columns);
-    take_sums();
-    cuda::with_rank_chunks(m.rank, [&](auto chunks) {
-      cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
-                         forward_bytes(chunks(), most_columns(chunks())));
-      forward_kernel<chunks()>
-          <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-             kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
-             stream_>>>(m, columns);
-    });
-    cuda::launched("lora_a");
+  s *= dropout_scale(d.p);
+  if (!few(m.rank)) {
+    many_forward(m, room(), processors_, a, s, {}, stream_);
+    return;
   }
-#ifdef MIXLORA_WARPGROUPS
-  else {
-    splits = splits_of(many_blocks(m, m.rows), processors_, m.cols / cuda::kWarpgroupStep, 2);
-    take_sums();
-    cuda::warpgroup_forward(m, splits, stream_);
-  }
-#endif
-  constexpr int kThreads = 256;
-  a_kernel<<<static_cast<unsigned>(ceil_div(m.rows * m.rank / 2, kThreads)), kThreads, 0,
-             stream_>>>(cuda::data<Number>(a), a.stride, reinterpret_cast<const float2*>(m.sums),
-                        m.rows, m.rank, splits, s * dropout_scale(d.p));
+  const int blocks = ceil_div(m.rows, kForwardRows);
+  int columns = most_columns(ceil_div(m.rank, 16));
+  while (columns > 128 && blocks * ceil_div(m.cols, columns) < processors_ * 3 / 2) columns /= 2;
+  const int splits = ceil_div(m.cols, columns);
+  m.sums = room().take<float>(splits * x.rows() * weight.rows());
+  cuda::with_rank_chunks(m.rank, [&](auto chunks) {
+    cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
+                       forward_bytes(chunks(), most_columns(chunks())));
+    forward_kernel<chunks()>
+        <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+           kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
+           stream_>>>(m, columns);
+  });
   cuda::launched("lora_a");
+  add_a(m, splits, a, s, stream_);
+}
+
+void CudaBackend::lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
+                                ConstTensor wg, float s, const Dropout& d, RowIds ids,
+                                Tensor room_for_rows) {
+  if (x.rows() == 0) return;
+  if (few(weight.rows()) || !takes_router(wg) || !takes(device_, x, weight, d) || a.stride % 2 != 0)
+    return Backend::lora_a_router(a, logits, x, weight, wg, s, d, ids, room_for_rows);
+  many_forward(call_of(x, weight, d, ids), room(), processors_, a, s * dropout_scale(d.p),
+               {cuda::data<float>(logits), nullptr, cuda::data<float>(wg), nullptr, logits.stride,
+                wg.stride, static_cast<int>(wg.rows())},
+               stream_);
 }
 
 void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
@@ -494,19 +541,43 @@ void CudaBackend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_
                                          ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                                          ConstTensor wg, const Dropout& d, RowIds ids,
                                          Tensor room_for_rows) {
-  if (x.rows() == 0) return;
-  if (few(weight.rows()) || wg.rows() > cuda::kRoutedExperts || !d_x ||
+  if (!with_router(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids, {}, {}))
+    Backend::lora_a_router_backward(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids,
+                                    room_for_rows);
+}
+
+void CudaBackend::lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x,
+                                                 Tensor d_y, ConstTensor d_a, ConstTensor d_logits,
+                                                 ConstTensor weight, ConstTensor wg,
+                                                 const Dropout& d, RowIds ids, ConstTensor x,
+                                                 ConstTensor w, ConstTensor r, Tensor y,
+                                                 Tensor room_for_rows) {
+  if (cuda::by_eights(w) && r.contiguous() &&
+      with_router(d_weight, d_wg, d_y, d_a, d_logits, x, weight, wg, d, ids, w, r))
+    rmsnorm_backward(d_x, d_y, x, w, r);
+  else
+    Backend::lora_a_router_rmsnorm_backward(d_weight, d_wg, d_x, d_y, d_a, d_logits, weight, wg, d,
+                                            ids, x, w, r, y, room_for_rows);
+}
+
+bool CudaBackend::with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
+                              ConstTensor d_logits, ConstTensor x, ConstTensor weight,
+                              ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor w,
+                              ConstTensor r) {
+  if (x.rows() == 0) return true;
+  if (few(weight.rows()) || !takes_router(wg) || !d_wg.contiguous() || !d_logits.contiguous() ||
+      reinterpret_cast<std::uintptr_t>(d_logits.data) % 16 != 0 || !d_x ||
       !takes_backward(device_, d_weight, d_x, d_a, x, weight, d))
-    return Backend::lora_a_router_backward(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d,
-                                           ids, room_for_rows);
-  router_weight_backward(d_wg, d_logits, x);
+    return false;
   Call m = call_of(x, weight, d, ids);
   m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
   m.d_x = cuda::data<Number>(d_x), m.stride_d_x = d_x.stride;
+  if (r) m.norm_w = cuda::data<float>(w), m.norm_r = cuda::data<float>(r);
   many_backward(m, room(), processors_, d_weight, dropout_scale(d.p),
-                {cuda::data<float>(d_logits), cuda::data<float>(wg), d_logits.stride, wg.stride,
-                 static_cast<int>(wg.rows())},
+                {nullptr, cuda::data<float>(d_logits), cuda::data<float>(wg),
+                 cuda::data<float>(d_wg), 0, wg.stride, static_cast<int>(wg.rows())},
                 stream_);
+  return true;
 }
 
 void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,

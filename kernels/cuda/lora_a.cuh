@@ -14,7 +14,8 @@ struct DroppedA {
   const std::int32_t* ids;
   RandomKey key;
   std::uint32_t threshold, layer, site;
-  float* sums;  // forward (split, row, rank); backward (split, rank, column)
+  const float *norm_w, *norm_r;  // d_weight of many ranks by a norm: what drops is x r w
+  float* sums;  // forward (split, row, rank); backward (split, rank, column); a router's behind
   std::uint8_t*
       masks;  // backward of many ranks: (row, column / 8), bit i keeps column i of the eight
 
@@ -67,8 +68,15 @@ __device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint3
                       masked(x.z, bits, 2, threshold), masked(x.w, bits, 3, threshold));
 }
 
-/// Rows (or columns, of d_weight) of a block of the kernels below; their sums are in parts as
-/// `sums` says.
+/// Bit c of eight columns' bits: c is kept.
+__device__ inline unsigned kept_bits(const Philox4& bits, std::uint32_t threshold) {
+  unsigned own = 0;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) own |= kept(bits, c, threshold) ? 1U << c : 0U;
+  return own;
+}
+
+/// Rows (or columns, of d_weight) of a block of the kernels below.
 constexpr int kDroppedTile = 128;
 /// Up to kRankChunks sixteens of ranks; kFewTogether blocks run at a time on a processor.
 constexpr int kFewTogether = 3, kFewStep = 32;
@@ -86,23 +94,32 @@ struct BehindNorm {
 constexpr int kNormGroups = 3, kNormStep = kNormGroups * kRows;
 Index norm_rows(int rows);
 void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStream_t stream);
-/// Draws m.masks, which warpgroup_weight and input_backward take.
+/// Draws m.masks, which warpgroup_weight and warpgroup_input take.
 void draw_masks(const DroppedA& m, cudaStream_t stream);
-/// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.
-constexpr int kWarpgroupStep = 64;
-void warpgroup_forward(const DroppedA& m, int splits, cudaStream_t stream);
-void warpgroup_weight(const DroppedA& m, int splits, cudaStream_t stream);
 
-/// What a router before the same rows sends back: d_logits (rows, E) Wg, E (E, columns). Absent:
-/// null.
+// Of compute capability 9.0, for many ranks; one block runs at a time on a processor.
+constexpr int kWarpgroupStep = 64;
+/// Of a router beside A at most.
 constexpr int kRoutedExperts = 8;
+
+/// A router before the same rows, or null: x Wg^T (rows, E), d_logits, Wg and its gradient (E,
+/// columns); E a multiple of four, rows of Wg begin at multiples of 16 bytes.
 struct Routed {
+  float* logits;
   const float *d_logits, *wg;
-  Index stride_d_logits, stride_wg;
+  float* d_wg;
+  Index stride_logits, stride_wg;
   int experts;
+  /// Numbers that it adds to m.rank, backward and forward.
+  __host__ __device__ int more() const { return d_wg != nullptr ? experts : 0; }
+  __host__ __device__ int more_forward() const { return logits != nullptr ? kRoutedExperts : 0; }
 };
-/// d_x += keep mask (d_a A) + d_logits Wg; `turned` is A turned over, (columns, ranks).
-void input_backward(const DroppedA& m, const Number* turned, float keep, const Routed& router,
-                    cudaStream_t stream);
+/// Parts of x~ A^T into m.sums, of x Wg^T behind a row's ranks.
+void warpgroup_forward(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream);
+/// Parts of d_a^T x~ into m.sums, of d_logits^T x behind the ranks; x by a norm or not.
+void warpgroup_weight(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream);
+/// d_x += keep mask (d_a A) + d_logits Wg; a block has at most kMostInputColumns columns.
+constexpr int kMostInputColumns = 1024;
+void warpgroup_input(DroppedA m, Routed router, float keep, int splits, cudaStream_t stream);
 
 }  // namespace mixlora::cuda

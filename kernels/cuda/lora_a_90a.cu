@@ -1,247 +1,629 @@
-// A's two sums over x, of many ranks, by warpgroups: x is dropped in shared memory on its way to
-// the tensor core, so that one mask serves all ranks.
+// A of many ranks by warpgroups: x is dropped in shared memory on its way to the tensor core, so
+// that one mask serves all ranks, and what a router has to do with x is done on the way.
 //
-// A block of two warpgroups has 128 rows (of d_weight: columns) beside 128 or 256 ranks. Operands
-// come in steps of 64 through a ring of four. While the tensor core multiplies a step, the threads
-// drop the pieces of x that they fetched themselves for the next.
+// Two warpgroups multiply, a third has the copy engine fetch and gives its registers. A block of
+// the two sums over x has 128 rows (of d_weight: columns) of x beside 128 or 256 ranks, 64 of them
+// a warpgroup. Operands come in steps of 64 through a ring; while the tensor core multiplies a
+// step, each warp draws and drops its own sixteen rows (columns) of the next. Sums are left in
+// parts, as lora_a.cuh says.
+#include <algorithm>
+
 #include "kernels/cuda/lora_a.cuh"
 #include "kernels/cuda/warpgroup.cuh"
 
 namespace mixlora::cuda {
 namespace {
 
-constexpr int kGroups = 2, kThreads = kGroups * kGroup, kTile = kDroppedTile,
-              kStep = kWarpgroupStep, kStages = 4;
-constexpr int kHalf = 64 * kRowBytes;  // bytes of 64 rows of 64 numbers
+constexpr int kGroups = 2, kUsers = kGroups * kGroup, kUserWarps = kUsers / kWarp,
+              kThreads = kUsers + kGroup;
+constexpr int kFetchRegisters = 40, kUserRegisters = 232;
+constexpr int kTile = kDroppedTile, kStep = kWarpgroupStep, kStages = 4;
+constexpr int kBox = kBoxRows * kRowBytes;
+/// Floats from one expert's 64 numbers of Wg to the next's: eight experts in different banks.
+constexpr int kExpertStride = kStep + 8;
 
-/// x, then Halves times 128 ranks.
+/// A step's x: two boxes, the groups'; the ranks beside it, 64 a box; what a router has.
 template <int Halves> struct Ring {
-  static constexpr int kX = 2 * kHalf, kStage = kX + 2 * Halves * kHalf, kBytes = kStages * kStage;
+  static constexpr int kRanks = 2 * kBox, kRouter = kRanks + 2 * Halves * kBox,
+                       kStage = kRouter + 3 * 1024, kBarriers = kStages * kStage,
+                       kBytes = kBarriers + 2 * kStages * static_cast<int>(sizeof(Barrier));
+  static_assert(kRoutedExperts * kExpertStride * 4 <= 3 * 1024);
 };
-/// Bytes from the start of rows of 64 numbers to piece `unit` of row `row`.
+/// Bytes from the start of a box to piece `unit` of row `row`.
 __device__ std::uint32_t place(int row, int unit) {
   return static_cast<std::uint32_t>(row * kRowBytes + 16 * (unit ^ (row % 8)));
 }
-/// The same in rows of several times 64 numbers, each of these 64 rows together.
-__device__ std::uint32_t place_across(int row, int unit) {
-  return static_cast<std::uint32_t>(unit / 8 * kHalf) + place(row, unit % 8);
+
+struct Barriers {
+  Barrier full[kStages], free[kStages];
+};
+__device__ void set_up(Barriers& b) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&b.full[i], 1);
+      barrier_init(&b.free[i], kUserWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+}
+__device__ void meet_users() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kGroups + 1), "n"(kUsers) : "memory");
+}
+__device__ void warp_arrives(Barrier* b) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) arrive(b);
 }
 
-/// Steps [begin, end): `fetch(step, stage)` sends what a thread copies on its way, `drop(step,
-/// stage)` drops its own pieces, `multiply(stage, add)` begins the products of all threads' pieces.
-template <class Fetch, class Drop, class Multiply>
-__device__ void walk(int begin, int end, Fetch fetch, Drop drop, Multiply multiply) {
-  const auto send = [&](int step) {
-    if (step < end) fetch(step, (step - begin) % kStages);
-    fetch_commit();
+/// What the fetching thread does: `fetch(step, stage, full)` announces and sends a step.
+template <class Fetch> __device__ void send_steps(Barriers& b, int begin, int end, Fetch fetch) {
+  Turn<kStages> turn;
+  for (int step = begin; step < end; ++step, turn.next()) {
+    wait(&b.free[turn.stage], turn.parity ^ 1);
+    fetch(step, turn.stage, &b.full[turn.stage]);
+  }
+}
+/// What a group does: `draw(step)` needs nothing of the ring, `drop(step, stage)` drops what is the
+/// warp's, `multiply(stage, add)` begins the group's products.
+template <class Draw, class Drop, class Multiply>
+__device__ void use_steps(Barriers& b, int group, int begin, int end, Draw draw, Drop drop,
+                          Multiply multiply) {
+  Turn<kStages> turn;  // of the step that is dropped next
+  const auto take = [&](int step) {
+    wait(&b.full[turn.stage], turn.parity);
+    drop(step, turn.stage);
   };
-  send(begin);
-  send(begin + 1);
-  fetch_wait<1>();
-  drop(begin, 0);
+  draw(begin);
+  take(begin);
+  int before = 0;
   for (int step = begin; step < end; ++step) {
+    const int stage = turn.stage;
     fence_to_engines();
-    __syncthreads();
+    meet_group(1 + group);
     products_begin();
-    multiply((step - begin) % kStages, step > begin);
+    multiply(stage, step > begin);
     products_commit();
-    send(step + 2);  // where step - 2 was, which all groups have left
-    fetch_wait<1>();
-    if (step + 1 < end) drop(step + 1, (step + 1 - begin) % kStages);
+    turn.next();
+    if (step + 1 < end) draw(step + 1);
     products_wait<1>();
+    if (step > begin) warp_arrives(&b.free[before]);
+    before = stage;
+    if (step + 1 < end) take(step + 1);
   }
   products_wait<0>();
-  fetch_wait<0>();
 }
 
-/// grid (rows / 128, splits, ranks / 128 Halves): x~ A^T over a split's columns.
+// ---- x A^T ---------------------------------------------------------------------------------
+
+/// A float as three bf16 that sum to it.
+struct InThree {
+  unsigned near, next, last;
+  __device__ explicit InThree(float2 x) {
+    near = pack2(x.x, x.y);
+    x.x -= low(near), x.y -= high(near);
+    next = pack2(x.x, x.y);
+    last = pack2(x.x - low(next), x.y - high(next));
+  }
+};
+
+/// grid (rows / 128, splits, ranks / 128 Halves): x~ A^T and x Wg^T over a split's columns.
 template <int Halves>
 __global__ void __launch_bounds__(kThreads, 1)
-    warpgroup_forward_a(const __grid_constant__ DroppedA m) {
+    warpgroup_forward_a(const __grid_constant__ CUtensorMap x,
+                        const __grid_constant__ CUtensorMap weight,
+                        const __grid_constant__ DroppedA m, const __grid_constant__ Routed router) {
   extern __shared__ __align__(1024) std::byte shared[];
   using R = Ring<Halves>;
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kGroup;
+  constexpr int kRanks = 128 * Halves;
+  auto& barriers = *reinterpret_cast<Barriers*>(shared + R::kBarriers);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
+            group = thread / kGroup, g = lane / 4, q = lane % 4;
   const int row0 = static_cast<int>(blockIdx.x) * kTile,
-            rank0 = static_cast<int>(blockIdx.z) * 128 * Halves,
-            split = static_cast<int>(blockIdx.y), splits = static_cast<int>(gridDim.y);
+            rank0 = static_cast<int>(blockIdx.z) * kRanks, split = static_cast<int>(blockIdx.y),
+            splits = static_cast<int>(gridDim.y);
   const int steps = ceil_div(m.cols, kStep), begin = steps * split / splits,
             end = steps * (split + 1) / splits;
   const std::uint32_t base = shared_address(shared);
+  const bool routed = router.logits != nullptr && blockIdx.z == 0;
+  set_up(barriers);
 
-  // A thread's pieces: of every 32nd row of x and of A.
-  const int line = thread / 8, unit = thread % 8;
-  const std::uint32_t own = place(line, unit);  // 32 lines on, the same place in theirs
-  constexpr int kApart = 32 * kRowBytes;
+  if (group == kGroups) {
+    give_registers<kFetchRegisters>();
+    if (thread == kUsers)
+      send_steps(barriers, begin, end, [&](int step, int stage, Barrier* full) {
+        const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
+        const int col = step * kStep, bytes = min(kStep, m.cols - col) * 4;
+        arrive_expecting(full, R::kRouter + (routed ? router.experts * bytes : 0));
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) fetch_box(at + i * kBox, x, col, row0 + 64 * i, full);
+#pragma unroll
+        for (int i = 0; i < 2 * Halves; ++i)
+          fetch_box(at + R::kRanks + i * kBox, weight, col, rank0 + 64 * i, full);
+        if (routed)
+          for (int e = 0; e < router.experts; ++e)
+            fetch_bytes(at + R::kRouter + e * kExpertStride * 4,
+                        router.wg + e * router.stride_wg + col, bytes, full);
+      });
+    return;
+  }
+  take_registers<kUserRegisters>();
+
+  float sums[Halves][16][4];
+  float logits[4] = {};  // rows g, g + 8 of the warp's, experts 2 q, 2 q + 1
+  // A lane's pieces: unit lane % 8 of every fourth row of the warp's.
+  const int first = warp % 4 * 16, line = lane / 8, unit = lane % 8;
   int4 ids[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) ids[i] = m.id(min(row0 + line + 32 * i, m.rows - 1));
-  const auto fetch = [&](int step, int stage) {
-    const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage) + own;
-    const int col = step * kStep + 8 * unit;
-    const bool column = col < m.cols;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = min(row0 + line + 32 * i, m.rows - 1);
-      fetch16(at + static_cast<std::uint32_t>(i * kApart),
-              column ? m.x + row * m.stride_x + col : m.x, column);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * Halves; ++i) {
-      const int rank = rank0 + line + 32 * i;
-      const bool there = column && rank < m.rank;
-      fetch16(at + static_cast<std::uint32_t>(R::kX + i * kApart),
-              there ? m.weight + static_cast<Index>(rank) * m.cols + col : m.weight, there);
-    }
-  };
-  const auto drop = [&](int step, int stage) {
-    std::byte* at = shared + stage * R::kStage + own;
+  for (int i = 0; i < 4; ++i)
+    ids[i] = m.id(min(row0 + 64 * group + first + 4 * i + line, m.rows - 1));
+  unsigned bits = 0;  // of the pieces, a byte each
+  const auto draw = [&](int step) {
+    bits = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      drop_piece(at + i * kApart, m.bits(ids[i], step * (kStep / 8) + unit), m.threshold);
+      bits |= kept_bits(m.bits(ids[i], step * (kStep / 8) + unit), m.threshold) << (8 * i);
   };
-  float sums[Halves][16][4];
+  const auto route = [&](int step, int stage) {
+    const std::uint32_t box = base + static_cast<std::uint32_t>(stage * R::kStage + group * kBox);
+    const auto* wg = reinterpret_cast<const float*>(shared + stage * R::kStage + R::kRouter) +
+                     g * kExpertStride + 2 * q;
+    float part[3][4] = {};
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      if (step * kStep + 16 * k >= m.cols) break;
+      unsigned a[4];
+      read_matrices(a, box + place(first + lane % 16, 2 * k + lane / 16));
+      const InThree left(*reinterpret_cast<const float2*>(wg + 16 * k)),
+          right(*reinterpret_cast<const float2*>(wg + 16 * k + 8));
+      mma(part[0], a[0], a[1], a[2], a[3], left.near, right.near);
+      mma(part[1], a[0], a[1], a[2], a[3], left.next, right.next);
+      mma(part[2], a[0], a[1], a[2], a[3], left.last, right.last);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) logits[i] += part[0][i] + (part[1][i] + part[2][i]);
+    __syncwarp();
+  };
+  const auto drop = [&](int step, int stage) {
+    if (routed) route(step, stage);
+    std::byte* box = shared + stage * R::kStage + group * kBox;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      drop_piece(box + place(first + 4 * i + line, unit), bits >> (8 * i) & 255);
+  };
   const auto multiply = [&](int stage, bool add) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k)
 #pragma unroll
       for (int h = 0; h < Halves; ++h)
-        multiply_shared(sums[h], operand_at(at + group * kHalf + 32 * k, 16),
-                        operand_at(at + R::kX + 2 * h * kHalf + 32 * k, 16), add || k > 0);
+        multiply_shared(sums[h], operand_at(at + group * kBox + 32 * k, 16),
+                        operand_at(at + R::kRanks + 2 * h * kBox + 32 * k, 16), add || k > 0);
   };
-  walk(begin, end, fetch, drop, multiply);
+  use_steps(barriers, group, begin, end, draw, drop, multiply);
 #pragma unroll
   for (int h = 0; h < Halves; ++h) changed(sums[h]);
 
-  const int lane = thread % kWarp, q = lane % 4,
-            first = row0 + 64 * group + thread % kGroup / kWarp * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = first + 8 * i;
+    const int row = row0 + 16 * warp + g + 8 * i;
     if (row >= m.rows) continue;
-    float* to = m.sums + (static_cast<Index>(split) * m.rows + row) * m.rank;
+    float* own =
+        m.sums + (static_cast<Index>(split) * m.rows + row) * (m.rank + router.more_forward());
 #pragma unroll
     for (int h = 0; h < Halves; ++h)
 #pragma unroll
       for (int j = 0; j < 16; ++j)
         if (const int r = rank0 + 128 * h + 8 * j + 2 * q; r < m.rank)
-          *reinterpret_cast<float2*>(to + r) =
+          *reinterpret_cast<float2*>(own + r) =
               make_float2(sums[h][j][2 * i], sums[h][j][2 * i + 1]);
+    if (routed)
+      *reinterpret_cast<float2*>(own + m.rank + 2 * q) =
+          make_float2(logits[2 * i], logits[2 * i + 1]);
   }
 }
 
-/// grid (columns / 128, splits, ranks / 128 Halves): d_a^T x~ over a split's rows.
+// ---- d_a^T x -------------------------------------------------------------------------------
+
+/// Two numbers as two bf16 each: the nearest, and what is left.
+__device__ uint2 in_two(float x, float y) {
+  const unsigned near = pack2(x, y);
+  return make_uint2(near, pack2(x - low(near), y - high(near)));
+}
+
+/// grid (columns / 128, splits, ranks / 128 Halves): d_a^T x~ and d_logits^T x over a split's rows.
 template <int Halves>
 __global__ void __launch_bounds__(kThreads, 1)
-    warpgroup_weight_a(const __grid_constant__ DroppedA m) {
+    warpgroup_weight_a(const __grid_constant__ CUtensorMap x,
+                       const __grid_constant__ CUtensorMap d_a, const __grid_constant__ DroppedA m,
+                       const __grid_constant__ Routed router) {
   extern __shared__ __align__(1024) std::byte shared[];
   using R = Ring<Halves>;
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kGroup;
+  constexpr int kRanks = 128 * Halves;
+  auto& barriers = *reinterpret_cast<Barriers*>(shared + R::kBarriers);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
+            group = thread / kGroup, g = lane / 4, q = lane % 4;
   const int col0 = static_cast<int>(blockIdx.x) * kTile,
-            rank0 = static_cast<int>(blockIdx.z) * 128 * Halves,
-            split = static_cast<int>(blockIdx.y), splits = static_cast<int>(gridDim.y);
+            rank0 = static_cast<int>(blockIdx.z) * kRanks, split = static_cast<int>(blockIdx.y),
+            splits = static_cast<int>(gridDim.y);
   const int steps = ceil_div(m.rows, kStep), begin = steps * split / splits,
             end = steps * (split + 1) / splits;
   const std::uint32_t base = shared_address(shared);
+  const bool routed = router.d_wg != nullptr && blockIdx.z == 0;
+  set_up(barriers);
 
-  // A thread's pieces: of every 16th row of x, and of d_a as they come.
-  const int line = thread / 16, unit = thread % 16;
-  const bool column = col0 + 8 * unit < m.cols;
-  const std::uint32_t own = place_across(line, unit);  // 16 rows on, the same place in theirs
-  constexpr int kApart = 16 * kRowBytes, kUnits = 16 * Halves;
-  const Number* x = m.x + (column ? col0 + 8 * unit : 0);
-  // Rows that are not there add nothing.
-  const auto fetch = [&](int step, int stage) {
-    const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
+  if (group == kGroups) {
+    give_registers<kFetchRegisters>();
+    if (thread == kUsers)
+      send_steps(barriers, begin, end, [&](int step, int stage, Barrier* full) {
+        const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
+        const int row = step * kStep, bytes = min(kStep, m.rows - row) * router.experts * 4;
+        arrive_expecting(full, R::kRouter + (routed ? bytes : 0));
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) fetch_box(at + i * kBox, x, col0 + 64 * i, row, full);
+#pragma unroll
+        for (int i = 0; i < 2 * Halves; ++i)
+          fetch_box(at + R::kRanks + i * kBox, d_a, rank0 + 64 * i, row, full);
+        if (routed)
+          fetch_bytes(at + R::kRouter, router.d_logits + static_cast<Index>(row) * router.experts,
+                      bytes, full);
+      });
+    return;
+  }
+  take_registers<kUserRegisters>();
+
+  float sums[Halves][16][4];
+  float d_wg[2][4] = {};  // the warp's sixteen columns by eights: near and left of expert g
+  // A lane's pieces: one unit of every sixteenth row.
+  const int line = lane % 16, unit = warp % 4 * 2 + lane / 16,
+            own_col = min(col0 + 64 * group + 8 * unit, m.cols - 8);
+  const bool normed = m.norm_r != nullptr;
+  Eight w = {};
+  if (normed) w = load8(m.norm_w + own_col);
+  unsigned bits[4], next_bits[4];  // of the step that drops next, and of the one behind it
+  float r[4] = {}, next_r[4] = {};
+  const auto load = [&](int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = step * kStep + line + 16 * i;
-      fetch16(at + own + static_cast<std::uint32_t>(i * kApart),
-              x + min(row, m.rows - 1) * m.stride_x, column && row < m.rows);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * Halves; ++i) {
-      const int piece = thread + kThreads * i, r = piece / kUnits, u = piece % kUnits,
-                row = step * kStep + r;
-      const bool there = row < m.rows && rank0 + 8 * u < m.rank;
-      fetch16(at + R::kX + place_across(r, u),
-              there ? m.d_a + row * m.stride_d_a + rank0 + 8 * u : m.d_a, there);
+      const int row = min(step * kStep + 16 * i + line, m.rows - 1);
+      next_bits[i] = __ldg(m.masks + static_cast<Index>(row) * (m.cols / 8) + own_col / 8);
+      if (normed) next_r[i] = __ldg(m.norm_r + row);
     }
   };
-  unsigned bits[4];  // of the step that drops next
-  const int bytes = m.cols / 8;
-  const std::uint8_t* masks = m.masks + min(col0 / 8 + unit, bytes - 1);
-  const auto take_bits = [&](int step) {
+  load(begin);
+  const auto draw = [&](int step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      bits[i] =
-          __ldg(masks + static_cast<Index>(min(step * kStep + line + 16 * i, m.rows - 1)) * bytes);
+    for (int i = 0; i < 4; ++i) bits[i] = next_bits[i], r[i] = next_r[i];
+    load(step + 1);
   };
-  take_bits(begin);
+  const auto route = [&](int step, int stage) {
+    __syncwarp();
+    const std::uint32_t box = base + static_cast<std::uint32_t>(stage * R::kStage + group * kBox);
+    const auto* d = reinterpret_cast<const float*>(shared + stage * R::kStage + R::kRouter);
+    const int left = m.rows - step * kStep;
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      const auto of = [&](int row) {
+        return row < left && g < router.experts ? d[row * router.experts + g] : 0.0F;
+      };
+      const int at = 16 * k + 2 * q;
+      const uint2 a = in_two(of(at), of(at + 1)), b = in_two(of(at + 8), of(at + 9));
+      unsigned y[4];
+      read_matrices_trans(y, box + place(16 * k + lane % 16, warp % 4 * 2 + lane / 16));
+      mma(d_wg[0], a.x, a.y, b.x, b.y, y[0], y[1]);
+      mma(d_wg[1], a.x, a.y, b.x, b.y, y[2], y[3]);
+    }
+    __syncwarp();
+  };
   const auto drop = [&](int step, int stage) {
-    std::byte* at = shared + stage * R::kStage + own;
+    std::byte* own = shared + stage * R::kStage + group * kBox + place(line, unit);
+    if (normed) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) drop_piece(at + i * kApart, bits[i]);
-    take_bits(step + 1);
+      for (int i = 0; i < 4; ++i) {
+        auto* piece = reinterpret_cast<uint4*>(own + 16 * i * kRowBytes);
+        const uint4 raw = *piece;
+        unsigned y[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          y[k] = pack2(low(y[k]) * (r[i] * w.v[2 * k]), high(y[k]) * (r[i] * w.v[2 * k + 1]));
+        *piece = make_uint4(y[0], y[1], y[2], y[3]);
+      }
+    }
+    if (routed) route(step, stage);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) drop_piece(own + 16 * i * kRowBytes, bits[i]);
   };
-  float sums[Halves][16][4];
   const auto multiply = [&](int stage, bool add) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k)
 #pragma unroll
       for (int h = 0; h < Halves; ++h)
-        multiply_columns(
-            sums[h],
-            operand_at(at + R::kX + (Halves * group + h) * kHalf + 16 * k * kRowBytes, kHalf),
-            operand_at(at + 16 * k * kRowBytes, kHalf), add || k > 0);
+        multiply_columns(sums[h], operand_at(at + group * kBox + 16 * k * kRowBytes, kBox),
+                         operand_at(at + R::kRanks + 2 * h * kBox + 16 * k * kRowBytes, kBox),
+                         add || k > 0);
   };
-  walk(begin, end, fetch, drop, multiply);
+  use_steps(barriers, group, begin, end, draw, drop, multiply);
 #pragma unroll
   for (int h = 0; h < Halves; ++h) changed(sums[h]);
 
-  const int lane = thread % kWarp, q = lane % 4;
+  // All sums into shared memory, turned over, where the ring was.
+  constexpr int kStride = kTile + 4;
+  static_assert((kRanks + kRoutedExperts) * kStride * 4 <= R::kBarriers);
+  auto* numbers = reinterpret_cast<float*>(shared);
+  float* routes = numbers + kRanks * kStride;
+  meet_users();
 #pragma unroll
   for (int h = 0; h < Halves; ++h)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int r =
-          rank0 + 64 * (Halves * group + h) + thread % kGroup / kWarp * 16 + lane / 4 + 8 * i;
-      if (r >= m.rank) continue;
-      float* to = m.sums + (static_cast<Index>(split) * m.rank + r) * m.cols;
+    for (int j = 0; j < 16; ++j)
 #pragma unroll
-      for (int j = 0; j < 16; ++j)
-        if (const int col = col0 + 8 * j + 2 * q; col < m.cols)
-          *reinterpret_cast<float2*>(to + col) =
-              make_float2(sums[h][j][2 * i], sums[h][j][2 * i + 1]);
-    }
+      for (int c = 0; c < 4; ++c)
+        numbers[(128 * h + 8 * j + 2 * q + c % 2) * kStride + 16 * warp + g + c / 2 * 8] =
+            sums[h][j][c];
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+    *reinterpret_cast<float2*>(routes + g * kStride + 16 * warp + 8 * j + 2 * q) =
+        make_float2(d_wg[j][0] + d_wg[j][2], d_wg[j][1] + d_wg[j][3]);
+  meet_users();
+  const int own = thread % kWarp * 4, col = col0 + own;
+  if (col >= m.cols) return;
+  float* to = m.sums + static_cast<Index>(split) * (m.rank + router.more()) * m.cols + col;
+  const auto write = [&](int r, const float* from) {
+    *reinterpret_cast<float4*>(to + static_cast<Index>(r) * m.cols) =
+        *reinterpret_cast<const float4*>(from + own);
+  };
+#pragma unroll 4
+  for (int r = warp; r < kRanks; r += kUserWarps)
+    if (rank0 + r < m.rank) write(rank0 + r, numbers + r * kStride);
+  if (routed && warp < router.experts) write(m.rank + warp, routes + warp * kStride);
 }
 
+// ---- d_a A ---------------------------------------------------------------------------------
+
+constexpr int kInputRanks = 256;  // of one launch
+constexpr int kFactorStages = 3, kInputStages = 5;
+/// Bytes from one pair of experts' columns of Wg to the next's: 64 bits of each of 1024 columns.
+constexpr int kPairStride = 8 * kMostInputColumns + 64;
+
+template <int Halves> struct InputRoom {
+  static constexpr int kFactor = 2 * Halves * kBox, kOld = kFactorStages * kFactor,
+                       kRouter = kOld + kInputStages * kGroups * kBox,
+                       kBarriers = kRouter + 4 * kPairStride,
+                       kBytes = kBarriers + 2 * (kFactorStages + kInputStages) *
+                                                static_cast<int>(sizeof(Barrier));
+};
+struct InputBarriers {
+  Barrier factor[kFactorStages], factor_free[kFactorStages], old[kInputStages],
+      old_free[kInputStages];
+};
+
+/// grid (rows / 128, splits): d_x += keep mask (d_a A), and d_logits Wg with a router, 64 columns a
+/// step. d_a stays in registers; d_x's numbers come and go by the copy engine.
 template <int Halves>
-void launch(void (*kernel)(DroppedA), const DroppedA& m, int blocks, int splits,
-            cudaStream_t stream, const char* name) {
-  admit_shared(reinterpret_cast<const void*>(kernel), Ring<Halves>::kBytes);
-  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits),
-                static_cast<unsigned>(ceil_div(m.rank, 128 * Halves))),
-           kThreads, Ring<Halves>::kBytes, stream>>>(m);
+__global__ void __launch_bounds__(kThreads, 1)
+    warpgroup_input_a(const __grid_constant__ CUtensorMap weight,
+                      const __grid_constant__ CUtensorMap d_x, const __grid_constant__ DroppedA m,
+                      const __grid_constant__ Routed router, float keep) {
+  extern __shared__ __align__(1024) std::byte shared[];
+  using R = InputRoom<Halves>;
+  auto& b = *reinterpret_cast<InputBarriers*>(shared + R::kBarriers);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
+            group = thread / kGroup, g = lane / 4, q = lane % 4;
+  const int row0 = static_cast<int>(blockIdx.x) * kTile, split = static_cast<int>(blockIdx.y),
+            splits = static_cast<int>(gridDim.y);
+  const int steps = ceil_div(m.cols, kStep), begin = steps * split / splits,
+            end = steps * (split + 1) / splits;
+  const std::uint32_t base = shared_address(shared);
+  if (thread == 0) {
+    for (int i = 0; i < kFactorStages; ++i) {
+      barrier_init(&b.factor[i], 1);
+      barrier_init(&b.factor_free[i], kUserWarps);
+    }
+    for (int i = 0; i < kInputStages; ++i) {
+      barrier_init(&b.old[i], 1);
+      barrier_init(&b.old_free[i], kGroups);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+
+  if (group == kGroups) {
+    give_registers<kFetchRegisters>();
+    if (thread != kUsers) return;
+    Turn<kFactorStages> factor;
+    Turn<kInputStages> old;
+    for (int step = begin; step < end; ++step, factor.next(), old.next()) {
+      const int col = step * kStep;
+      wait(&b.old_free[old.stage], old.parity ^ 1);
+      arrive_expecting(&b.old[old.stage], kGroups * kBox);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i)
+        fetch_box(base + R::kOld + (old.stage * kGroups + i) * kBox, d_x, col, row0 + 64 * i,
+                  &b.old[old.stage]);
+      wait(&b.factor_free[factor.stage], factor.parity ^ 1);
+      arrive_expecting(&b.factor[factor.stage], R::kFactor);
+#pragma unroll
+      for (int i = 0; i < 2 * Halves; ++i)
+        fetch_box(base + factor.stage * R::kFactor + i * kBox, weight, col, 64 * i,
+                  &b.factor[factor.stage]);
+    }
+    return;
+  }
+
+  take_registers<kUserRegisters>();
+  int rows[2];  // that the lane has, or others that are there
+#pragma unroll
+  for (int h = 0; h < 2; ++h) rows[h] = min(row0 + 16 * warp + g + 8 * h, m.rows - 1);
+  unsigned d_a[8 * Halves][4];
+#pragma unroll
+  for (int k = 0; k < 8 * Halves; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = 16 * k + i / 2 * 8 + 2 * q;
+      d_a[k][i] = r < m.rank ? load_pair(m.d_a + rows[i % 2] * m.stride_d_a + r) : 0;
+    }
+  const bool routed = router.d_logits != nullptr;
+  if (routed) {
+    const int columns = (end - begin) * kStep;
+#pragma unroll 8
+    for (int i = thread; i < 4 * columns; i += kUsers) {
+      const int pair = i / columns, c = i % columns, col = begin * kStep + c;
+      float two[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        two[e] = col < m.cols && 2 * pair + e < router.experts
+                     ? __ldg(router.wg + (2 * pair + e) * router.stride_wg + col)
+                     : 0.0F;
+      *reinterpret_cast<uint2*>(shared + R::kRouter + pair * kPairStride + 8 * c) =
+          in_two(two[0], two[1]);
+    }
+  }
+  uint2 d_logits[2] = {};
+  if (routed)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto of = [&](int e) {
+        return e < router.experts
+                   ? router.d_logits[static_cast<Index>(rows[h]) * router.experts + e]
+                   : 0.0F;
+      };
+      d_logits[h] = in_two(of(2 * q), of(2 * q + 1));
+    }
+  unsigned next[2][2];  // masks of the next step's columns by 32
+  const auto take_masks = [&](int step) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        next[h][i] =
+            __ldg(reinterpret_cast<const unsigned*>(m.masks) +
+                  static_cast<Index>(rows[h]) * (m.cols / 32) + min(step * 2 + i, m.cols / 32 - 1));
+  };
+  take_masks(begin);
+
+  meet_users();
+
+  Turn<kFactorStages> factor;
+  Turn<kInputStages> old;
+  for (int step = begin; step < end; ++step) {
+    float sums[8][4];
+    const std::uint32_t at = base + static_cast<std::uint32_t>(factor.stage * R::kFactor);
+    wait(&b.factor[factor.stage], factor.parity);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 8 * Halves; ++k)
+      multiply_registers(sums, d_a[k], operand_at(at + k / 4 * kBox + k % 4 * 16 * kRowBytes, kBox),
+                         k > 0);
+    products_commit();
+    unsigned masks[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) masks[h][i] = next[h][i] >> (2 * q);
+    take_masks(step + 1);
+    products_wait<0>();
+    changed(sums);
+    warp_arrives(&b.factor_free[factor.stage]);
+    factor.next();
+
+    // Tile j's columns 2 q, 2 q + 1 of rows g and g + 8.
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        sums[j][c] =
+            (masks[c / 2][j / 4] >> (8 * (j % 4) + c % 2) & 1) != 0 ? keep * sums[j][c] : 0.0F;
+    if (routed) {
+      // Eight experts: the inner dimension's lower half their near numbers, its upper half the
+      // rest.
+      const std::byte* wg =
+          shared + R::kRouter + q * kPairStride + 8 * ((step - begin) * kStep + g);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint2 w = *reinterpret_cast<const uint2*>(wg + 64 * j);
+        mma(sums[j], d_logits[0].x, d_logits[1].x, d_logits[0].y, d_logits[1].y, w.x, w.x);
+        mma(sums[j], d_logits[0].x, d_logits[1].x, 0, 0, w.y, 0);
+      }
+    }
+    wait(&b.old[old.stage], old.parity);
+    const int box = R::kOld + (old.stage * kGroups + group) * kBox;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        auto* pair =
+            reinterpret_cast<unsigned*>(shared + box + place(warp % 4 * 16 + g + 8 * h, j) + 4 * q);
+        *pair = pack2(low(*pair) + sums[j][2 * h], high(*pair) + sums[j][2 * h + 1]);
+      }
+    fence_to_engines();
+    meet_group(1 + group);
+    if (thread % kGroup == 0) {
+      store_box(d_x, base + static_cast<std::uint32_t>(box), step * kStep, row0 + 64 * group);
+      stores_read<1>();
+      if (step > begin) arrive(&b.old_free[old.stage == 0 ? kInputStages - 1 : old.stage - 1]);
+    }
+    old.next();
+  }
+  if (thread % kGroup == 0) stores_written();
+}
+
+/// The map of a view's rows.
+CUtensorMap map_of_rows(const Number* x, Index rows, Index columns, Index stride) {
+  return map_of(x, rows, columns, rows > 1 ? stride : columns);
+}
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int bytes, cudaStream_t stream,
+            const char* name, const Arguments&... arguments) {
+  admit_shared(reinterpret_cast<const void*>(kernel), bytes);
+  kernel<<<grid, kThreads, static_cast<std::size_t>(bytes), stream>>>(arguments...);
   launched(name);
+}
+dim3 grid_of(const DroppedA& m, int size, int splits) {
+  return {static_cast<unsigned>(ceil_div(size, kTile)), static_cast<unsigned>(splits),
+          static_cast<unsigned>(ceil_div(m.rank, m.rank > 128 ? 256 : 128))};
 }
 
 }  // namespace
 
-void warpgroup_forward(const DroppedA& m, int splits, cudaStream_t stream) {
-  const int blocks = ceil_div(m.rows, kTile);
+void warpgroup_forward(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int bytes) {
+    launch(kernel, grid_of(m, m.rows, splits), bytes, stream, "lora_a",
+           map_of_rows(m.x, m.rows, m.cols, m.stride_x),
+           map_of_rows(m.weight, m.rank, m.cols, m.cols), m, router);
+  };
   if (m.rank > 128)
-    launch<2>(warpgroup_forward_a<2>, m, blocks, splits, stream, "lora_a");
+    run(warpgroup_forward_a<2>, Ring<2>::kBytes);
   else
-    launch<1>(warpgroup_forward_a<1>, m, blocks, splits, stream, "lora_a");
+    run(warpgroup_forward_a<1>, Ring<1>::kBytes);
 }
-void warpgroup_weight(const DroppedA& m, int splits, cudaStream_t stream) {
-  const int blocks = ceil_div(m.cols, kTile);
+void warpgroup_weight(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int bytes) {
+    launch(kernel, grid_of(m, m.cols, splits), bytes, stream, "lora_a_backward",
+           map_of_rows(m.x, m.rows, m.cols, m.stride_x),
+           map_of_rows(m.d_a, m.rows, m.rank, m.stride_d_a), m, router);
+  };
   if (m.rank > 128)
-    launch<2>(warpgroup_weight_a<2>, m, blocks, splits, stream, "lora_a_backward");
+    run(warpgroup_weight_a<2>, Ring<2>::kBytes);
   else
-    launch<1>(warpgroup_weight_a<1>, m, blocks, splits, stream, "lora_a_backward");
+    run(warpgroup_weight_a<1>, Ring<1>::kBytes);
+}
+void warpgroup_input(DroppedA m, Routed router, float keep, int splits, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int bytes) {
+    launch(kernel,
+           dim3(static_cast<unsigned>(ceil_div(m.rows, kTile)), static_cast<unsigned>(splits)),
+           bytes, stream, "lora_a_backward", map_of_rows(m.weight, m.rank, m.cols, m.cols),
+           map_of_rows(m.d_x, m.rows, m.cols, m.stride_d_x), m, router, keep);
+  };
+  for (int left = m.rank; left > 0; left -= m.rank) {
+    m.rank = std::min(left, kInputRanks);
+    if (m.rank > kInputRanks / 2)
+      run(warpgroup_input_a<2>, InputRoom<2>::kBytes);
+    else
+      run(warpgroup_input_a<1>, InputRoom<1>::kBytes);
+    router = {};
+    m.weight += static_cast<Index>(m.rank) * m.cols;
+    m.d_a += m.rank;
+  }
 }
 
 }  // namespace mixlora::cuda

@@ -79,8 +79,21 @@ template <int Count> __device__ void take_registers() {
 
 // ---- the copy engine -----------------------------------------------------------------------
 
-/// Fetches a tile's Rows rows from `row` on and its 128 columns from `column` on; rows past the
-/// matrix become zeros, and their bytes count.
+/// A matrix of bf16, its rows `stride` numbers apart, as the copy engine wants it: by boxes of 64 x
+/// 64. In attention_forward_90a.cu.
+CUtensorMap map_of(const __nv_bfloat16* x, Index rows, Index columns, Index stride);
+
+/// Fetches 64 rows from `row` on and their 64 columns from `column` on; those past the matrix
+/// become zeros, and their bytes count.
+__device__ inline void fetch_box(std::uint32_t to, const CUtensorMap& from, int column, int row,
+                                 Barrier* done) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&from), "r"(column), "r"(row), "r"(shared_address(done))
+      : "memory");
+}
+/// Fetches a tile's Rows rows from `row` on and its 128 columns from `column` on.
 template <int Rows>
 __device__ void fetch_tile(std::uint32_t to, const CUtensorMap& from, int column, int row,
                            Barrier* done) {
@@ -88,11 +101,32 @@ __device__ void fetch_tile(std::uint32_t to, const CUtensorMap& from, int column
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int r = 0; r < Rows; r += kBoxRows)
-      asm volatile(
-          "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-          "[%1, {%2, %3}], [%4];" ::"r"(to + (half * Rows + r) * kRowBytes),
-          "l"(&from), "r"(column + half * kHalfColumns), "r"(row + r), "r"(shared_address(done))
-          : "memory");
+      fetch_box(to + (half * Rows + r) * kRowBytes, from, column + half * kHalfColumns, row + r,
+                done);
+}
+/// Fetches bytes as they lie; addresses and their number by sixteens.
+__device__ inline void fetch_bytes(std::uint32_t to, const void* from, int bytes, Barrier* done) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(shared_address(done))
+      : "memory");
+}
+/// Sends a box as fetch_box brings it, what is past the matrix left out: a group of its own.
+__device__ inline void store_box(const CUtensorMap& to, std::uint32_t from, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&to),
+      "r"(column), "r"(row), "r"(from)
+      : "memory");
+}
+/// Waits until at most Pending of this thread's boxes are still to be read.
+template <int Pending> __device__ void stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+/// Waits until this thread's boxes are written.
+__device__ inline void stores_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // ---- products ------------------------------------------------------------------------------
@@ -162,6 +196,15 @@ __device__ inline void multiply_columns(float (&d)[16][4], std::uint64_t a, std:
       "}, %64, %65, p, 1, 1, 1, 1;}"
       : MIXLORA_TILES_8(d, 0), MIXLORA_TILES_8(d, 8)
       : "l"(a), "l"(b), "r"(add ? 1 : 0));
+}
+__device__ inline void multiply_registers(float (&d)[8][4], const unsigned (&a)[4], std::uint64_t b,
+                                          bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %37, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MIXLORA_FIRST_32
+      "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"
+      : MIXLORA_TILES_8(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add ? 1 : 0));
 }
 __device__ inline void multiply_registers(float (&d)[16][4], const unsigned (&a)[4],
                                           std::uint64_t b, bool add) {
