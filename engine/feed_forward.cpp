@@ -179,13 +179,17 @@ void Transformer::group_feed_forward(const Step& step, std::size_t i, std::size_
   if (ad.per_slot) {
     gk.core_down = kept_.take({ad.slots, n, c.hidden}, type);
     const Tensor core = gk.core_down.reshaped({m, c.hidden});
-    const ConstTensor scale = ad.scales[i].down, b = l.down_b.compute;
+    const ConstTensor b = l.down_b.compute;
     ops_.linear(core, h.reshaped({m, c.ffn}), model_.layers[i].down);
-    if (later && one_expert(gk.slots))
-      pending_[j] = {{gk.z, b, flat_row(ad.scales[i].down, 0)}, core, {}};
-    else
-      ops_.lora_slot_combine(delta, gk.core_down, gk.z, b, scale, gk.slots,
-                             scratch_.take({m, width}, type));
+    if (later) {
+      const bool one = one_expert(gk.slots);
+      pending_[j] = {{gk.z, b, one ? flat_row(ad.scales[i].down, 0) : ad.scales[i].down},
+                     one ? core : gk.core_down,
+                     one ? Slots() : gk.slots};
+    } else {
+      if (gk.z) ops_.gemm(core, by_expert(gk, m, true), false, b, true, 1, 1);
+      ops_.slot_combine(delta, gk.core_down, ad.scales[i].down, gk.slots);
+    }
   } else {
     ops_.linear(delta, h, model_.layers[i].down);
     if (later)

@@ -88,8 +88,9 @@ class PlanBackend final : public Backend {
   void slot_combine(Tensor, ConstTensor, ConstTensor, const Slots&) override {}
   void add_slots_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, ConstTensor, ConstTensor,
                          const Slots&, ConstTensor, float, Tensor) override {}
-  void lora_slot_combine(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Slots&,
-                         Tensor) override {}
+  void combine_slots_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, Tensor, ConstTensor,
+                             ConstTensor, ConstTensor, const Slots&, ConstTensor, float,
+                             Tensor) override {}
   void slot_combine_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                              const Slots&) override {}
   void overflow_input(Tensor, ConstTensor, const Slots&) override {}

@@ -132,9 +132,14 @@ void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tens
     const Tensor own = cut(r, {g.begin, g.end});
     if (p.slots.expert) {
       const Scratch::Frame frame(scratch_);
-      ops_.add_slots_rmsnorm(rows(sum), rows(normed), own, rows(x), rows(delta), p.update.a,
-                             p.update.b, p.slots, w, eps,
-                             scratch_.take({g.rows(), p.update.b.cols()}, sum.dtype));
+      const Tensor room =
+          scratch_.take({(p.core ? p.slots.count : 1) * g.rows(), p.update.b.cols()}, sum.dtype);
+      if (p.core)
+        ops_.combine_slots_rmsnorm(rows(sum), rows(normed), own, rows(x), rows(delta), p.core,
+                                   p.update.a, p.update.b, p.update.scale, p.slots, w, eps, room);
+      else
+        ops_.add_slots_rmsnorm(rows(sum), rows(normed), own, rows(x), rows(delta), p.update.a,
+                               p.update.b, p.slots, w, eps, room);
     } else {
       ops_.add_lora_rmsnorm(rows(sum), rows(normed), own, rows(x), p.core ? p.core : rows(delta),
                             p.update, w, eps);

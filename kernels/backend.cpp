@@ -88,18 +88,20 @@ void Backend::lora_rope(Tensor y, const std::array<LowRank, 3>& updates, ConstTe
   rope(y, y, table, ids, heads, false);
 }
 
-void Backend::lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b,
-                                ConstTensor scale, const Slots& slots, Tensor room) {
-  slots_to_columns(room, z, slots, true);
-  gemm(core.reshaped({room.rows(), core.cols()}), room, false, b, true, 1, 1);
-  slot_combine(y, core, scale, slots);
-}
-
 void Backend::add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                 ConstTensor z, ConstTensor b, const Slots& slots, ConstTensor w,
                                 float eps, Tensor room) {
   slots_to_columns(room, z, slots, false);
   gemm(delta, room, false, b, true, 1, 1);
+  add_rmsnorm(sum, y, r, x, delta, w, eps);
+}
+
+void Backend::combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                    Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                                    const Slots& slots, ConstTensor w, float eps, Tensor room) {
+  slots_to_columns(room, z, slots, true);
+  gemm(core.reshaped({room.rows(), core.cols()}), room, false, b, true, 1, 1);
+  slot_combine(delta, core, scale, slots);
   add_rmsnorm(sum, y, r, x, delta, w, eps);
 }
 

@@ -396,15 +396,17 @@ class Backend {
                                 bool per_slot) = 0;
   /// y (N, D) = sum_k w_k scale_e core_k.  core (K, N, D)  scale (E, D) f32 (1 for e = -1)
   virtual void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) = 0;
-  /// core_k += z_k B_e^T (nothing for e = -1), then slot_combine.  z (N, K R)  b (D, E R)  room
-  /// (K N, E R) of their type, overwritten
-  virtual void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b,
-                                 ConstTensor scale, const Slots& slots, Tensor room);
   /// add_rmsnorm of x and delta + sum_k w_k z_k B_e^T (nothing for e = -1), no row having an expert
   /// twice. `delta` is overwritten, as is room (N, E R) of its type.  z (N, K R)  b (D, E R)
   virtual void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                  ConstTensor z, ConstTensor b, const Slots& slots, ConstTensor w,
                                  float eps, Tensor room);
+  /// core_k += z_k B_e^T (nothing for e = -1), then add_rmsnorm of x and slot_combine's y of core.
+  /// delta (N, D) and room (K N, E R) of their type are overwritten.  core (K, N, D)  z (N, K R)
+  /// b (D, E R)  scale (E, D)
+  virtual void combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                                     Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                                     const Slots& slots, ConstTensor w, float eps, Tensor room);
   /// d_core (K, N, D) = w_k scale_e d_y; d_weight (N, K) = sum_j d_y scale_e core_k; d_scale (E, D)
   /// += sum d_y w_k core_k
   virtual void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale,

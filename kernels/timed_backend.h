@@ -281,16 +281,18 @@ class TimedBackend final : public Backend {
     timed(Family::mixture, "slots_to_columns",
           [&] { inner_.slots_to_columns(columns, z, slots, per_slot); });
   }
-  void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
-                         const Slots& slots, Tensor room) override {
-    timed(Family::factors, "lora_slot_combine",
-          [&] { inner_.lora_slot_combine(y, core, z, b, scale, slots, room); });
-  }
   void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta, ConstTensor z,
                          ConstTensor b, const Slots& slots, ConstTensor w, float eps,
                          Tensor room) override {
     timed(Family::norms, "add_slots_rmsnorm",
           [&] { inner_.add_slots_rmsnorm(sum, y, r, x, delta, z, b, slots, w, eps, room); });
+  }
+  void combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                             Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                             const Slots& slots, ConstTensor w, float eps, Tensor room) override {
+    timed(Family::norms, "combine_slots_rmsnorm", [&] {
+      inner_.combine_slots_rmsnorm(sum, y, r, x, delta, core, z, b, scale, slots, w, eps, room);
+    });
   }
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override {
     timed(Family::dora, "slot_combine", [&] { inner_.slot_combine(y, core, scale, slots); });

@@ -175,27 +175,6 @@ OpCase columns(Index n, Index e, Index k, Index r, bool per_slot) {
           }};
 }
 
-OpCase combine_with_update(Index n, Index d, Index e, Index k, Index r) {
-  return {"lora_slot_combine " + times({n, d, e, k, r}), kSummed,
-          static_cast<double>(n * k * d) * (3 + 2.0 * static_cast<double>(r)), [=](Workbench& w) {
-            const SlotArrays s = random_slots(w, n, e, k, r);
-            Array &core = w.updated("core", {k, n, d}, w.act()), &z = w.input({n, k * r}, w.act()),
-                  &b = w.input({d, e * r}, w.act(), 0.3),
-                  &scale = w.input({e, d}, DType::f32, 0.1, 1), &room = w.scratch({k * n, e * r}),
-                  &y = w.output("y", {n, d}, w.act());
-            w.run = [=, &w, &core, &z, &b, &scale, &room, &y] {
-              w.ops.lora_slot_combine(y.device, core.device, z.device, b.device, scale.device,
-                                      s.device(), room.device);
-            };
-            w.reference = [=, &core, &z, &b, &scale, &y] {
-              std::vector<double> columns(static_cast<std::size_t>(k * n * e * r));
-              reference::slots_to_columns(columns.data(), z.data(), s.host(), true, n);
-              reference::lora_b(core.data(), d, columns.data(), b.data(), k * n, d, e * r);
-              reference::slot_combine(y.data(), core.data(), scale.data(), s.host(), n, d);
-            };
-          }};
-}
-
 OpCase norm_with_update(Index n, Index d, Index e, Index k, Index r) {
   constexpr float kEps = 1e-5F;
   return {"add_slots_rmsnorm " + times({n, d, e, k, r}), kSummed,
@@ -217,6 +196,37 @@ OpCase norm_with_update(Index n, Index d, Index e, Index k, Index r) {
               reference::lora_b(whole.data(), d, columns.data(), b.data(), n, d, e * r);
               reference::add_rmsnorm(sum.data(), y.data(), inverse.data(), x.data(), whole.data(),
                                      scale.data(), n, d, double{kEps});
+            };
+          }};
+}
+
+OpCase norm_of_combined(Index n, Index d, Index e, Index k, Index r) {
+  constexpr float kEps = 1e-5F;
+  return {"combine_slots_rmsnorm " + times({n, d, e, k, r}), kSummed,
+          static_cast<double>(n * d) *
+              (5 + static_cast<double>(k) * (3 + 2.0 * static_cast<double>(r))),
+          [=](Workbench& w) {
+            const SlotArrays s = random_slots(w, n, e, k, r);
+            Array &core = w.updated("core", {k, n, d}, w.act()), &z = w.input({n, k * r}, w.act()),
+                  &x = w.input({n, d}, w.act()), &b = w.input({d, e * r}, w.act(), 0.3),
+                  &scale = w.input({e, d}, DType::f32, 0.1, 1),
+                  &norm = w.input({d}, DType::f32, 0.2, 1), &room = w.scratch({k * n, e * r}),
+                  &delta = w.scratch({n, d});
+            Array &sum = w.output("sum", {n, d}, w.act()), &y = w.output("y", {n, d}, w.act()),
+                  &inverse = w.output("r", {n}, DType::f32);
+            w.run = [=, &w, &core, &z, &x, &b, &scale, &norm, &room, &delta, &sum, &y, &inverse] {
+              w.ops.combine_slots_rmsnorm(sum.device, y.device, inverse.device, x.device,
+                                          delta.device, core.device, z.device, b.device,
+                                          scale.device, s.device(), norm.device, kEps, room.device);
+            };
+            w.reference = [=, &core, &z, &x, &b, &scale, &norm, &sum, &y, &inverse] {
+              std::vector<double> columns(static_cast<std::size_t>(k * n * e * r)),
+                  whole(static_cast<std::size_t>(n * d));
+              reference::slots_to_columns(columns.data(), z.data(), s.host(), true, n);
+              reference::lora_b(core.data(), d, columns.data(), b.data(), k * n, d, e * r);
+              reference::slot_combine(whole.data(), core.data(), scale.data(), s.host(), n, d);
+              reference::add_rmsnorm(sum.data(), y.data(), inverse.data(), x.data(), whole.data(),
+                                     norm.data(), n, d, double{kEps});
             };
           }};
 }
@@ -326,13 +336,14 @@ void add_mixture_cases(std::vector<OpCase>& t) {
     t.push_back(columns(7, 3, 2, 5, per_slot));
     t.push_back(columns(257, 8, 2, 16, per_slot));
   }
-  t.push_back(combine_with_update(9, 33, 3, 2, 4));
-  t.push_back(combine_with_update(21, 64, 4, 2, 16));
-  t.push_back(combine_with_update(130, 576, 8, 2, 16));
+  t.push_back(norm_of_combined(9, 33, 3, 2, 4));
+  t.push_back(norm_of_combined(21, 64, 4, 2, 16));
+  t.push_back(norm_of_combined(130, 576, 8, 2, 16));
   t.push_back(norm_with_update(9, 33, 3, 2, 4));
   t.push_back(norm_with_update(21, 64, 4, 2, 16));
   t.push_back(norm_with_update(130, 576, 8, 2, 16));
   t.push_back(norm_with_update(700, 1088, 8, 2, 16));
+  t.push_back(norm_of_combined(700, 1088, 8, 2, 16));
   slot_cases(t, 9, 33, 3, 2);
   slot_cases(t, 128, 576, 8, 2);
 }

@@ -117,8 +117,9 @@ class CudaBackend final : public Backend {
   void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta, ConstTensor z,
                          ConstTensor b, const Slots& s, ConstTensor w, float eps,
                          Tensor room) override;
-  void lora_slot_combine(Tensor y, Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
-                         const Slots& slots, Tensor room_for_columns) override;
+  void combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
+                             Tensor core, ConstTensor z, ConstTensor b, ConstTensor scale,
+                             const Slots& s, ConstTensor w, float eps, Tensor room) override;
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override;
   void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale, ConstTensor d_y,
                              ConstTensor core, ConstTensor scale, const Slots& slots) override;
@@ -158,6 +159,10 @@ class CudaBackend final : public Backend {
                    ConstTensor w, ConstTensor r);
   /// d_wg += d_logits^T x, router_backward's other half.
   void router_weight_backward(Tensor d_wg, ConstTensor d_logits, ConstTensor x);
+  /// add_slots_rmsnorm where there is a delta, combine_slots_rmsnorm where there is a core.
+  void slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, Tensor core,
+                     ConstTensor z, ConstTensor b, ConstTensor scale, const Slots& s, ConstTensor w,
+                     float eps);
   /// c = alpha op(a) op(b) + beta c; the one way to cuBLASLt.
   void product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, bool transpose_b,
                float alpha, float beta);
