@@ -164,14 +164,15 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
 
   float d_weight[2][2 * C][4] = {};
   int stage = 0;
-  for (int tile = begin; tile < tiles; tile += step) {
+  // As many rounds for every group: racecheck takes groups that met less often for unordered.
+  for (int tile = begin; tile - group < tiles; tile += step) {
     cuda::fetch_wait<kStages - 2>();
     meet(group);
     send(tile + (kStages - 1) * step, (stage + kStages - 1) % kStages);
     const std::byte *here = ring + stage * S::kBytes, *mine = own + stage * S::kBytes;
     const std::uint32_t ranks = base + static_cast<std::uint32_t>(stage * S::kBytes) + own_ranks;
     stage = (stage + 1) % kStages;
-    if (!there) continue;
+    if (!there || tile >= tiles) continue;
 
     Philox4 bits[2];
     float2 numbers[2];  // r and k
