@@ -135,7 +135,7 @@ std::optional<SelectedRows> selected_rows(const HostBatch& batch) {
     }
   }
   out.begin.push_back(static_cast<std::int64_t>(out.rows.size()));
-  if (4 * out.begin.back() > 3 * batch.rows()) return std::nullopt;
+  if (out.begin.back() > most_selected(batch.rows())) return std::nullopt;
   return out;
 }
 

@@ -60,6 +60,8 @@ struct SelectedRows {
   std::vector<std::int64_t> begin;       // of each part in `rows`, and the end
   std::vector<std::int32_t> label_rows;  // (M): the labels' places in `rows`
 };
+/// Of so many rows, the most that are worth being selected.
+constexpr std::int64_t most_selected(std::int64_t rows) { return 3 * rows / 4; }
 /// Nothing when it is not worth it: most rows have a label, or some part has none.
 std::optional<SelectedRows> selected_rows(const HostBatch& batch);
 

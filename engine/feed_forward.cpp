@@ -102,7 +102,6 @@ void Transformer::route_group(const Step& step, std::size_t i, const Group& g, G
   gk.slots.experts = ad.experts;
   gk.slots.count = ad.slots;
   gk.slots.rank = ad.rank;
-  gk.a_ffn = {};
   if (!has_router(ad.spec)) return;
   // Switch's jitter changes what its experts and its router see.
   const float amount = rate(step, static_cast<float>(jitter_noise(ad.spec)));

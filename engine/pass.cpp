@@ -44,7 +44,7 @@ Pass::Pass(Backend& ops, const Model& model, std::vector<DeviceAdapter*> adapter
       model_(model),
       adapters_(std::move(adapters)),
       training_(training),
-      narrow_(!training || 4 * capacity.labels <= 3 * capacity.rows),
+      narrow_(!training || capacity.labels <= most_selected(capacity.rows)),
       inputs_("inputs"),
       transformer_(ops, model, kept_, scratch_, recompute) {
   const auto i32 = [&](const char* name, Tensor& t, Shape s) {
@@ -101,7 +101,7 @@ void Pass::run_largest(const HostBatch& largest) {
   narrow_ = narrow;
   HostBatch fewer = largest;
   if (!training_) {  // one part, of more labels than let it narrow, perhaps
-    const std::int64_t labels = std::min(fewer.parts[0].label_end, 3 * largest.rows() / 4);
+    const std::int64_t labels = std::min(fewer.parts[0].label_end, most_selected(largest.rows()));
     for (auto* v : {&fewer.label_rows, &fewer.targets}) v->resize(static_cast<std::size_t>(labels));
     fewer.weights.resize(fewer.targets.size());
     fewer.parts[0].label_end = labels;

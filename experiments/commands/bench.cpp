@@ -216,7 +216,8 @@ std::int64_t down_rows(const std::vector<TrainJob>& jobs, double tokens) {
 /// offered at its prompt's last row.
 LastRows last_rows(const Workload& work) {
   LastRows last;
-  if (4 * work.labels <= 3 * work.tokens) last.trained = work.labels / work.tokens;
+  if (std::llround(work.labels) <= most_selected(std::llround(work.tokens)))
+    last.trained = work.labels / work.tokens;
   double tokens = 0;
   for (const LabelRequest& r : work.requests) tokens += static_cast<double>(r.prompt.size());
   if (tokens > 0) last.scored = static_cast<double>(work.requests.size()) / tokens;

@@ -272,17 +272,7 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
   float* out = m.sums + static_cast<Index>(split) * rank * m.cols + f0;
   for (int w = 0; w < warps; ++w) {
     __syncthreads();
-    if (w != warp) continue;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-      for (int i = 0; i < 2 * C; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int f = g / 2 * 8 + 2 * (2 * pair + c / 2) + g % 2, r = 8 * i + 2 * q + c % 2;
-          float& to = numbers[r * (kColumns + 1) + f];
-          to = w == 0 ? d_weight[pair][i][c] : to + d_weight[pair][i][c];
-        }
+    if (w == warp) cuda::add_in_turn<C>(numbers, d_weight, w == 0, g, q);
   }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < rank * kColumns;

@@ -76,6 +76,23 @@ __device__ inline unsigned kept_bits(const Philox4& bits, std::uint32_t threshol
   return own;
 }
 
+/// A warp's d_weight of 32 columns, as products leave it turned over, into rows of kColumns + 1
+/// numbers, a rank each: the first of the warps that take turns stores, the others add.
+template <int C>
+__device__ void add_in_turn(float* rows, const float (&d_weight)[2][2 * C][4], bool first, int g,
+                            int q) {
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+    for (int i = 0; i < 2 * C; ++i)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float& to = rows[(8 * i + 2 * q + c % 2) * (kColumns + 1) + g / 2 * 8 +
+                         2 * (2 * pair + c / 2) + g % 2];
+        to = first ? d_weight[pair][i][c] : to + d_weight[pair][i][c];
+      }
+}
+
 /// Rows (or columns, of d_weight) of a block of the kernels below.
 constexpr int kDroppedTile = 128;
 /// Up to kRankChunks sixteens of ranks; kFewTogether blocks run at a time on a processor.

@@ -239,17 +239,7 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
   float* sums = reinterpret_cast<float*>(memory) + warp * S::kSums;
   for (int k = 0; k < kGroups; ++k) {
     __syncthreads();
-    if (k != group) continue;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-      for (int i = 0; i < 2 * C; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          float& to = sums[(8 * i + 2 * q + c % 2) * (kColumns + 1) + g / 2 * 8 +
-                           2 * (2 * pair + c / 2) + g % 2];
-          to = k == 0 ? d_weight[pair][i][c] : to + d_weight[pair][i][c];
-        }
+    if (k == group) cuda::add_in_turn<C>(sums, d_weight, k == 0, g, q);
   }
   __syncthreads();
   if (!there) return;
