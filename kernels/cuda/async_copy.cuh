@@ -55,12 +55,14 @@ template <int N> __device__ void fetch_wait() {
 __device__ inline void read_matrices(unsigned (&to)[4], std::uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row));
+               : "r"(row)
+               : "memory");
 }
 __device__ inline void read_matrices_trans(unsigned (&to)[4], std::uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row));
+               : "r"(row)
+               : "memory");
 }
 
 }  // namespace mixlora::cuda
