@@ -132,34 +132,37 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
   const auto spans = qkv_spans(c);
   const Scratch::Frame frame(scratch_);
 
-  Tensor d_core = d_x;
-  if (any_scaled_o(step, i)) {
-    d_core = scratch_.take({n, c.hidden}, type);
+  const auto has_o = [i](const Group& g) {
+    return g.adapter != nullptr && g.adapter->layout.layers[i].o_a.present();
+  };
+  const bool apart = any_scaled_o(step, i);
+  const Tensor d_core = apart ? scratch_.take({n, c.hidden}, type) : d_x,
+               d_o = scratch_.take({n, c.heads * c.head_dim}, type);
+  {
+    const Scratch::Frame inner(scratch_);
+    std::vector<Tensor> d_as(step.groups.size());
+    // B's gradients go before the frozen product, since what makes its input goes with them.
     for (std::size_t j = 0; j < step.groups.size(); ++j) {
       const Group& g = step.groups[j];
-      const Tensor to = d_core.row_range(g.begin, g.end), from = d_x.row_range(g.begin, g.end);
-      if (!scaled_o(g, i)) {
-        ops_.copy(to, from);
-        continue;
-      }
-      const DoraScales &s = g.adapter->scales[i], &d_s = g.adapter->d_scales;
-      ops_.scale_columns_backward(to, d_s.o, from, k.groups[j].core_o, s.o);
+      const Tensor d_y = d_x.row_range(g.begin, g.end), own = d_core.row_range(g.begin, g.end);
+      if (apart && !scaled_o(g, i)) ops_.copy(own, d_y);
+      if (!has_o(g)) continue;
+      const AdapterLayer& l = g.adapter->layout.layers[i];
+      d_as[j] = scratch_.take({g.rows(), rank_of(l.o_a)}, type);
+      LowRankBackward b{l.o_b.grad, d_as[j], d_y, k.groups[j].a_o, l.o_b.compute};
+      if (scaled_o(g, i))
+        b.scaled = {k.groups[j].core_o, g.adapter->scales[i].o, own, g.adapter->d_scales.o};
+      ops_.lora_b_backward({&b, 1}, g.adapter->attention_scale);
     }
-  }
-  const Tensor d_o = scratch_.take({n, c.heads * c.head_dim}, type);
-  ops_.linear_backward(d_o, d_core, w.o, false);
-  for (std::size_t j = 0; j < step.groups.size(); ++j) {
-    const Group& g = step.groups[j];
-    if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
-    const AdapterLayer& l = g.adapter->layout.layers[i];
-    const Scratch::Frame inner(scratch_);
-    const Tensor d_a = scratch_.take({g.rows(), rank_of(l.o_a)}, type);
-    const ConstTensor d_y = d_core.row_range(g.begin, g.end);
-    const LowRankBackward b{l.o_b.grad, d_a, d_y, k.groups[j].a_o, l.o_b.compute};
-    ops_.lora_b_backward({&b, 1}, g.adapter->attention_scale);
-    through_a_backward(step, g, i, site_o, g.adapter->attention_p, l.o_a.grad,
-                       d_o.row_range(g.begin, g.end), d_a, k.o.row_range(g.begin, g.end),
-                       l.o_a.compute);
+    ops_.linear_backward(d_o, d_core, w.o, false);
+    for (std::size_t j = 0; j < step.groups.size(); ++j) {
+      const Group& g = step.groups[j];
+      if (!has_o(g)) continue;
+      const AdapterLayer& l = g.adapter->layout.layers[i];
+      through_a_backward(step, g, i, site_o, g.adapter->attention_p, l.o_a.grad,
+                         d_o.row_range(g.begin, g.end), d_as[j], k.o.row_range(g.begin, g.end),
+                         l.o_a.compute);
+    }
   }
 
   const Tensor d_qkv = scratch_.take({n, c.qkv_width()}, type);

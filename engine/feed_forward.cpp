@@ -294,29 +294,32 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const std::int64_t taken = ad.per_slot ? ad.slots * g.rows() : g.rows();
     const std::int64_t width = ad.experts * ad.rank;
     const bool down = l.down_a.present();
-    ConstTensor d_core = d_y;
+    Tensor d_core = d_y;
+    ScaledColumns one_scale;  // of a single expert: it goes with B's gradients
     if (ad.per_slot) {
       const Tensor slots_d = scratch_.take({ad.slots, g.rows(), c.hidden}, type);
-      const Tensor own = slots_d.reshaped({taken, c.hidden});
+      d_core = slots_d.reshaped({taken, c.hidden});
       if (one_expert(gk.slots))
-        ops_.scale_columns_backward(own, flat_row(ad.d_scales.down, 0), d_y,
-                                    gk.core_down.reshaped({taken, c.hidden}),
-                                    flat_row(ad.scales[i].down, 0));
+        one_scale = {gk.core_down.reshaped({taken, c.hidden}), flat_row(ad.scales[i].down, 0),
+                     d_core, flat_row(ad.d_scales.down, 0)};
       else
         ops_.slot_combine_backward(slots_d, d_weights[j], ad.d_scales.down, d_y, gk.core_down,
                                    ad.scales[i].down, gk.slots);
-      d_core = own;
     }
     const Tensor d_h = scratch_.take(
         ad.per_slot ? Shape{ad.slots, g.rows(), c.ffn} : Shape{g.rows(), c.ffn}, type);
-    ops_.linear_backward(d_h.reshaped({taken, c.ffn}), d_core, w.down, false);
     Tensor q;
     if (down) {
       q = scratch_.take({taken, width}, type);
-      const LowRankBackward b{l.down_b.grad, q, d_core, by_expert(gk, taken, ad.per_slot),
-                              l.down_b.compute};
+      const LowRankBackward b{l.down_b.grad,
+                              q,
+                              one_scale.scale ? d_y : d_core,
+                              by_expert(gk, taken, ad.per_slot),
+                              l.down_b.compute,
+                              one_scale};
       ops_.lora_b_backward({&b, 1}, 1);
     }
+    ops_.linear_backward(d_h.reshaped({taken, c.ffn}), d_core, w.down, false);
     const bool scaled = l.gate_m.present() || l.up_m.present();
     const MixtureGrads grads{l.gate_b.grad, l.up_b.grad, l.down_a.grad,
                              scaled ? ad.d_scales.gate : Tensor(),

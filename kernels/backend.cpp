@@ -28,8 +28,11 @@ void Backend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, Cons
 
 void Backend::lora_b_backward(std::span<const LowRankBackward> all, float s) {
   for (const LowRankBackward& x : all) {
-    gemm(x.d_a, x.d_y, false, x.b, false, s, 0);
-    gemm(x.d_b, x.d_y, true, x.a, false, 1, 1);
+    const ScaledColumns& c = x.scaled;
+    if (c.scale) scale_columns_backward(c.d_core, c.d_scale, x.d_y, c.core, c.scale);
+    const ConstTensor d_y = c.scale ? c.d_core : x.d_y;
+    gemm(x.d_a, d_y, false, x.b, false, s, 0);
+    gemm(x.d_b, d_y, true, x.a, false, 1, 1);
   }
 }
 

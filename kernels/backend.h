@@ -64,10 +64,16 @@ struct LowRank {
   ConstTensor a, b;   // (N, R), (O, R)
   ConstTensor scale;  // (O) f32: DoRA's m / n; absent = 1
 };
+/// DoRA's y = scale core, and where scale_columns_backward's gradients go. Absent where `scale` is.
+struct ScaledColumns {
+  ConstTensor core, scale;  // (N, O), (O) f32
+  Tensor d_core, d_scale;   // overwritten, may be d_y; added to
+};
 /// One call of lora_b_backward.
 struct LowRankBackward {
   Tensor d_b, d_a;        // (O, R) f32, added to; (N, R)
   ConstTensor d_y, a, b;  // (N, O), (N, R), (O, R)
+  ScaledColumns scaled = {};
 };
 
 /// DoRA's scale m / n of the columns of q, k and v, and its gradient. Absent where `scale` is.
@@ -260,7 +266,8 @@ class Backend {
   virtual void lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, ConstTensor x,
                                ConstTensor weight, const Dropout& d, RowIds ids, Tensor room);
 
-  /// d_a = s d_y B; d_b += d_y^T a: several of as many rows at once.
+  /// d_a = s d_y B; d_b += d_y^T a: several of as many rows at once. With a scale it comes first,
+  /// and d_core is d_y to the rest.
   virtual void lora_b_backward(std::span<const LowRankBackward> all, float s);
   /// Both of A and of the norm y = x r w before it: d_y, y's gradient by other ways, becomes d_y +
   /// drop(d_a A); d_weight += d_a^T drop(y); rmsnorm_backward adds d_y's to d_x. y and room (N, D)

@@ -28,7 +28,8 @@ Pair update(Workbench& w, Index n, Index out, Index rank, bool scaled) {
 }
 
 /// Several matrices, as q, k and v are: columns of one y, their ranks' columns of one a.
-OpCase backward(Index n, const std::vector<Index>& outs, Index rank) {
+/// Scaled: behind DoRA's scale.
+OpCase backward(Index n, const std::vector<Index>& outs, Index rank, bool scaled = false) {
   Index width = 0;
   std::string shape = std::to_string(n);
   for (const Index o : outs) {
@@ -38,48 +39,63 @@ OpCase backward(Index n, const std::vector<Index>& outs, Index rank) {
   }
   shape += 'x';
   shape += std::to_string(rank);
-  return {"lora_b_backward " + shape, kSummed, 4.0 * static_cast<double>(n * width * rank),
-          [=](Workbench& w) {
-            const auto count = static_cast<Index>(outs.size());
-            Array &d_y = w.input({n, width}, w.act()), &a = w.input({n, count * rank}, w.act());
-            Array& d_a = w.output("d_a", {n, count * rank}, w.act());
-            std::vector<Array*> bs, d_bs;
-            for (const Index o : outs) {
-              bs.push_back(&w.input({o, rank}, w.act(), 0.3));
-              d_bs.push_back(&w.updated("d_b", {o, rank}, DType::f32));
+  if (scaled) shape += " scaled";
+  return {
+      "lora_b_backward " + shape, kSummed, 4.0 * static_cast<double>(n * width * rank),
+      [=](Workbench& w) {
+        const auto count = static_cast<Index>(outs.size());
+        Array &d_y = w.input({n, width}, w.act()), &a = w.input({n, count * rank}, w.act());
+        Array& d_a = w.output("d_a", {n, count * rank}, w.act());
+        std::vector<Array*> bs, d_bs, cores, scales, d_cores, d_scales;
+        for (const Index o : outs) {
+          bs.push_back(&w.input({o, rank}, w.act(), 0.3));
+          d_bs.push_back(&w.updated("d_b", {o, rank}, DType::f32));
+          if (!scaled) continue;
+          cores.push_back(&w.input({n, o}, w.act()));
+          scales.push_back(&w.input({o}, DType::f32, 0.2, 1));
+          d_cores.push_back(&w.output("d_core", {n, o}, w.act()));
+          d_scales.push_back(&w.updated("d_scale", {o}, DType::f32));
+        }
+        w.run = [=, &w, &d_y, &a, &d_a] {
+          std::vector<LowRankBackward> all;
+          Index at = 0, r = 0;
+          for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
+            all.push_back({d_bs[i]->device, d_a.device.col_range(r, r + rank),
+                           ConstTensor(d_y.device).col_range(at, at + outs[i]),
+                           ConstTensor(a.device).col_range(r, r + rank), bs[i]->device});
+            if (scaled)
+              all.back().scaled = {cores[i]->device, scales[i]->device, d_cores[i]->device,
+                                   d_scales[i]->device};
+            at += outs[i];
+          }
+          w.ops.lora_b_backward(all, 2);
+        };
+        w.reference = [=, &d_y, &a, &d_a] {
+          const auto columns = [n](Array& from, Index begin, Index size) {
+            std::vector<double> part;
+            const Index stride = static_cast<Index>(from.host.size()) / n;
+            for (Index i = 0; i < n * size; ++i)
+              part.push_back(from.data()[i / size * stride + begin + i % size]);
+            return part;
+          };
+          Index at = 0, r = 0;
+          for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
+            std::vector<double> own(static_cast<std::size_t>(n * rank)),
+                d = columns(d_y, at, outs[i]);
+            if (scaled) {
+              reference::scale_columns_backward(d_cores[i]->data(), d_scales[i]->data(), d.data(),
+                                                cores[i]->data(), scales[i]->data(), n, outs[i]);
+              d = d_cores[i]->host;
             }
-            w.run = [=, &w, &d_y, &a, &d_a] {
-              std::vector<LowRankBackward> all;
-              Index at = 0, r = 0;
-              for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
-                all.push_back({d_bs[i]->device, d_a.device.col_range(r, r + rank),
-                               ConstTensor(d_y.device).col_range(at, at + outs[i]),
-                               ConstTensor(a.device).col_range(r, r + rank), bs[i]->device});
-                at += outs[i];
-              }
-              w.ops.lora_b_backward(all, 2);
-            };
-            w.reference = [=, &d_y, &a, &d_a] {
-              const auto columns = [n](Array& from, Index begin, Index size) {
-                std::vector<double> part;
-                const Index stride = static_cast<Index>(from.host.size()) / n;
-                for (Index i = 0; i < n * size; ++i)
-                  part.push_back(from.data()[i / size * stride + begin + i % size]);
-                return part;
-              };
-              Index at = 0, r = 0;
-              for (std::size_t i = 0; i < outs.size(); ++i, r += rank) {
-                std::vector<double> own(static_cast<std::size_t>(n * rank));
-                reference::lora_b_backward(
-                    d_bs[i]->data(), own.data(), columns(d_y, at, outs[i]).data(),
-                    columns(a, r, rank).data(), bs[i]->data(), 2, n, outs[i], rank);
-                for (Index k = 0; k < n * rank; ++k)
-                  d_a.data()[k / rank * count * rank + r + k % rank] =
-                      own[static_cast<std::size_t>(k)];
-                at += outs[i];
-              }
-            };
-          }};
+            reference::lora_b_backward(d_bs[i]->data(), own.data(), d.data(),
+                                       columns(a, r, rank).data(), bs[i]->data(), 2, n, outs[i],
+                                       rank);
+            for (Index k = 0; k < n * rank; ++k)
+              d_a.data()[k / rank * count * rank + r + k % rank] = own[static_cast<std::size_t>(k)];
+            at += outs[i];
+          }
+        };
+      }};
 }
 
 OpCase norm(Index n, Index d, Index rank, bool scaled = false) {
@@ -278,6 +294,11 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(backward(130, {1056}, 24));
   t.push_back(backward(64, {576}, 128));
   t.push_back(backward(256, {4096}, 16));
+  t.push_back(backward(5, {13}, 3, true));
+  t.push_back(backward(37, {96, 32, 32}, 8, true));
+  t.push_back(backward(250, {576, 192, 192}, 16, true));
+  t.push_back(backward(130, {1056}, 24, true));
+  t.push_back(backward(300, {4096}, 16, true));
   t.push_back(norm(5, 13, 3));
   t.push_back(norm(7, 96, 0));
   t.push_back(norm(1, 64, 8));

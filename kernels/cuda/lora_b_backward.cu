@@ -1,4 +1,5 @@
-// d_y B and d_y^T a in one pass over d_y, several matrices at once (q, k, v).
+// d_y B and d_y^T a in one pass over d_y, several matrices at once (q, k, v); DoRA's scale of
+// columns on the way.
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -29,6 +30,12 @@ struct One {
   float* d_b;
   float* d_a_sums;  // (blocks of columns, row, rank)
   float* d_b_sums;  // (split, column, rank)
+  // With a scale:
+  const Number* core;
+  const float* scale;
+  Number* d_core;
+  float *d_scale, *d_scale_sums;  // (split, column)
+  Index stride_core, stride_d_core;
   int cols, blocks, first_block;
 };
 struct Call {
@@ -37,21 +44,40 @@ struct Call {
   float s;
 };
 
-/// A warp has so many tiles of 32 columns, a stage 16 rows of them and of a.
+/// A warp has so many tiles of 32 columns, a stage 16 rows of them, of core's, and of a.
 template <int C> constexpr int kTiles = 4 / C;
 template <int C> constexpr int kBlockColumns = kWarps* kTiles<C>* kColumns;
-template <int C> struct Stage {
-  static constexpr int kRanks = 2 * kTiles<C> * kPiece, kBytes = kRanks + C * kPiece;
+template <int C, bool Scaled> struct Stage {
+  static constexpr int kCore = 2 * kTiles<C> * kPiece, kRanks = Scaled ? 2 * kCore : kCore,
+                       kBytes = kRanks + C * kPiece;
 };
-template <int C>
-constexpr int kShared = kWarps* kStages* Stage<C>::kBytes + 2 * kWarps * 2 * C* kWarp * 16;
+/// Where the warps' shares of d_y B meet, and the scales of the block's columns.
+template <int C> constexpr int kMeeting = 2 * kWarps * 2 * C* kWarp * 16;
+template <int C, bool Scaled>
+constexpr int kShared = kWarps* kStages* Stage<C, Scaled>::kBytes + kMeeting<C> +
+                        (Scaled ? kBlockColumns<C> * 4 : 0);
+
+/// Eight columns of d_core = scale d_y; d_scale += d_y core.
+__device__ uint4 scaled(uint4 d_y, uint4 core, const float* scale, float (&d_scale)[8]) {
+  const unsigned g[4] = {d_y.x, d_y.y, d_y.z, d_y.w}, c[4] = {core.x, core.y, core.z, core.w};
+  unsigned d[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = cuda::low(g[i]), high = cuda::high(g[i]);
+    d_scale[2 * i] += low * cuda::low(c[i]);
+    d_scale[2 * i + 1] += high * cuda::high(c[i]);
+    const float2 by = *reinterpret_cast<const float2*>(scale + 2 * i);
+    d[i] = cuda::pack2(by.x * low, by.y * high);
+  }
+  return make_uint4(d[0], d[1], d[2], d[3]);
+}
 
 /// grid (blocks of columns of all matrices, splits of the rows).
-template <int C>
+template <int C, bool Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
     backward_kernel(const __grid_constant__ Call m) {
   extern __shared__ __align__(16) std::byte memory[];
-  using S = Stage<C>;
+  using S = Stage<C, Scaled>;
   constexpr int kOwn = kTiles<C>;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
@@ -86,10 +112,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
   std::byte* ring = memory + warp * kStages * S::kBytes;
   const std::uint32_t ring_address = cuda::shared_address(ring), own_ranks = cuda::rank_row(lane);
   constexpr int kRowBytes = kOwn * kColumns * 2;
-  /// Columns 4 j .. 4 j + 3 of this lane's eight of tile t, row g + 8 h.
-  const auto own_piece = [&](const std::byte* stage, int t, int h, int j) {
-    return *reinterpret_cast<const uint2*>(stage + (g + 8 * h) * kRowBytes +
-                                           16 * ((4 * t + q) ^ 4 * (g & 1)) + 8 * j);
+  /// This lane's eight columns of tile t, row g + 8 h.
+  const auto own_piece = [&](const std::byte* rows, int t, int h) {
+    return *reinterpret_cast<const uint4*>(rows + (g + 8 * h) * kRowBytes +
+                                           16 * ((4 * t + q) ^ 4 * (g & 1)));
   };
   const auto fetch = [&](int stage, int first) {
     if (first < end) {
@@ -99,13 +125,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = lane / 8 + 4 * i;
-        const Number* row = one.d_y + static_cast<Index>(min(first + r, end - 1)) * one.stride_d_y;
+        const Index from = min(first + r, end - 1);
+        const Number *row = one.d_y + from * one.stride_d_y,
+                     *core = Scaled ? one.core + from * one.stride_core : nullptr;
 #pragma unroll
         for (int k = 0; k < kOwn / 2; ++k) {
           const int unit = lane % 8 + 8 * k;
           const bool live = f0 + 8 * unit < one.cols;
-          cuda::fetch16(at + static_cast<std::uint32_t>(r * kRowBytes + 16 * (unit ^ 4 * (r & 1))),
-                        row + (live ? f0 + 8 * unit : 0), live);
+          const std::uint32_t to =
+              at + static_cast<std::uint32_t>(r * kRowBytes + 16 * (unit ^ 4 * (r & 1)));
+          cuda::fetch16(to, row + (live ? f0 + 8 * unit : 0), live);
+          if constexpr (Scaled)
+            cuda::fetch16(to + S::kCore, core + (live ? f0 + 8 * unit : 0),
+                          live && first + r < end);
         }
       }
       // Rows that are not there add nothing.
@@ -117,8 +149,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
     cuda::fetch_commit();
   };
 
-  float d_b[kOwn][2][2 * C][4] = {};
+  float d_b[kOwn][2][2 * C][4] = {}, d_scale[kOwn][8] = {};
   auto* meeting = reinterpret_cast<float4*>(memory + kWarps * kStages * S::kBytes);
+  auto* scale = reinterpret_cast<float*>(memory + kWarps * kStages * S::kBytes + kMeeting<C>) +
+                warp * kOwn * kColumns;
+  if constexpr (Scaled) {
+    for (int i = lane; i < kOwn * kColumns; i += kWarp)
+      scale[i] = f0 + i < one.cols ? one.scale[f0 + i] : 0;
+    __syncwarp();
+  }
   int stage = 0, turn = 0;
 #pragma unroll
   for (int i = 0; i + 1 < kStages; ++i) fetch(i, begin + i * kRows);
@@ -135,18 +174,33 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
       cuda::read_matrices_trans(a[c], ranks + static_cast<std::uint32_t>(c * kPiece));
     float d_a[2 * C][4] = {};
 #pragma unroll
-    for (int t = 0; t < kOwn; ++t)
+    for (int t = 0; t < kOwn; ++t) {
+      unsigned d[2][4];  // rows g and g + 8
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint4 own = own_piece(here, t, h);
+        if constexpr (Scaled) {
+          own = scaled(own, own_piece(here + S::kCore, t, h), scale + t * kColumns + 8 * q,
+                       d_scale[t]);
+          if (there(t) && first + g + 8 * h < end)
+            *reinterpret_cast<uint4*>(one.d_core +
+                                      static_cast<Index>(first + g + 8 * h) * one.stride_d_core +
+                                      f0 + t * kColumns + 8 * q) = own;
+        }
+        d[h][0] = own.x, d[h][1] = own.y, d[h][2] = own.z, d[h][3] = own.w;
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint2 x = own_piece(here, t, 0, j), y = own_piece(here, t, 1, j);
-        const unsigned x0 = cuda::transposed(x.x), x1 = cuda::transposed(x.y),
-                       y0 = cuda::transposed(y.x), y1 = cuda::transposed(y.y);
+        const unsigned x[2] = {d[0][2 * j], d[0][2 * j + 1]}, y[2] = {d[1][2 * j], d[1][2 * j + 1]};
+        const unsigned x0 = cuda::transposed(x[0]), x1 = cuda::transposed(x[1]),
+                       y0 = cuda::transposed(y[0]), y1 = cuda::transposed(y[1]);
 #pragma unroll
         for (int i = 0; i < 2 * C; ++i) {
-          cuda::mma(d_a[i], x.x, y.x, x.y, y.y, b[t][j][i][0], b[t][j][i][1]);
+          cuda::mma(d_a[i], x[0], y[0], x[1], y[1], b[t][j][i][0], b[t][j][i][1]);
           cuda::mma(d_b[t][j][i], x0, x1, y0, y1, a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
         }
       }
+    }
     // The warps' columns of d_y B, in the order of the warps.
     float4* mine = meeting + (turn * kWarps + warp) * 2 * C * kWarp;
 #pragma unroll
@@ -189,10 +243,37 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
                                        (static_cast<Index>(split) * one.cols + column) * rank + r) =
                 make_float2(d_b[t][j][i][2 * k], d_b[t][j][i][2 * k + 1]);
         }
+  if constexpr (Scaled)
+#pragma unroll
+    for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        float sum = d_scale[t][n];
+#pragma unroll
+        for (int apart = 4; apart < kWarp; apart *= 2)
+          sum += __shfl_xor_sync(cuda::kAll, sum, apart);
+        if (g == n && there(t))
+          one.d_scale_sums[static_cast<Index>(split) * one.cols + f0 + t * kColumns + 8 * q + n] =
+              sum;
+      }
 }
 
-/// grid (parts, matrices): d_a = s times its sums, two numbers a thread, then d_b += its sums,
-/// four.
+/// to[i] += part i of every split's sums, `quads` of four numbers each.
+__device__ void add_sums(float* to, const float* sums, int i, int quads, int splits) {
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int k = 0; k < splits; ++k) {
+    const float4 part = reinterpret_cast<const float4*>(sums)[static_cast<Index>(k) * quads + i];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  float4& own = reinterpret_cast<float4*>(to)[i];
+  float4 old = own;
+  old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
+  own = old;
+}
+
+/// grid (parts, matrices): d_a = s times its sums, two numbers a thread, then d_b and d_scale +=
+/// their sums, four.
 __global__ void finish_kernel(const __grid_constant__ Call m) {
   const One& one = m.all[blockIdx.y];
   const int half = m.rank / 2, numbers = m.rows * half, quads = one.cols * m.rank / 4;
@@ -213,18 +294,10 @@ __global__ void finish_kernel(const __grid_constant__ Call m) {
   }
   const int i = (static_cast<int>(blockIdx.x) - blocks) * static_cast<int>(blockDim.x) +
                 static_cast<int>(threadIdx.x);
-  if (i >= quads) return;
-  const auto* sums = reinterpret_cast<const float4*>(one.d_b_sums);
-  float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int k = 0; k < m.splits; ++k) {
-    const float4 part = sums[static_cast<Index>(k) * quads + i];
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-  }
-  auto* to = reinterpret_cast<float4*>(one.d_b) + i;
-  float4 old = *to;
-  old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
-  *to = old;
+  if (i < quads)
+    add_sums(one.d_b, one.d_b_sums, i, quads, m.splits);
+  else if (one.scale != nullptr && i - quads < one.cols / 4)
+    add_sums(one.d_scale, one.d_scale_sums, i - quads, one.cols / 4, m.splits);
 }
 
 bool takes(const LowRankBackward& x, Index rows, Index rank) {
@@ -236,14 +309,26 @@ bool takes(const LowRankBackward& x, Index rows, Index rank) {
          x.d_b.numel() == x.b.numel() && rank % 8 == 0 && rank <= 16 * kMostChunks &&
          rows < (Index{1} << 24);
 }
+/// The same of a scale.
+bool takes(const ScaledColumns& x, Index rows, Index cols) {
+  const auto whole = [&](const auto& t) {
+    return t.dtype == DType::bf16 && cuda::by_eights(t) && t.rows() == rows && t.cols() == cols;
+  };
+  return whole(x.core) && whole(x.d_core) && x.scale.numel() == cols && x.scale.contiguous() &&
+         x.d_scale.numel() == cols && x.d_scale.contiguous() && cuda::by_eights(x.d_scale);
+}
 
 }  // namespace
 
 void CudaBackend::lora_b_backward(std::span<const LowRankBackward> all, float s) {
   if (all.empty() || all[0].d_y.rows() == 0) return;
   const Index rows = all[0].d_y.rows(), rank = all[0].a.cols();
+  const bool scaled = static_cast<bool>(all[0].scaled.scale);
   bool fits = all.size() <= kMostCalls;
-  for (const LowRankBackward& x : all) fits = fits && takes(x, rows, rank);
+  for (const LowRankBackward& x : all)
+    fits = fits && takes(x, rows, rank) && static_cast<bool>(x.scaled.scale) == scaled &&
+           (!scaled || takes(x.scaled, rows, x.d_y.cols()));
+  if (scaled) fits = fits && std::max(kShared<1, true>, kShared<2, true>) <= cuda::most_shared();
   if (!fits) return Backend::lora_b_backward(all, s);
 
   Call m{};
@@ -280,19 +365,28 @@ void CudaBackend::lora_b_backward(std::span<const LowRankBackward> all, float s)
     one.d_b = cuda::data<float>(x.d_b);
     one.d_a_sums = space.take<float>(one.blocks * rows * rank);
     one.d_b_sums = space.take<float>(m.splits * x.b.numel());
-    parts = std::max(
-        parts, ceil_div(m.rows * m.rank / 2, kThreads) + ceil_div(one.cols * m.rank / 4, kThreads));
+    if (scaled) {
+      const ScaledColumns& c = x.scaled;
+      one.core = cuda::data<Number>(c.core), one.stride_core = c.core.stride;
+      one.scale = cuda::data<float>(c.scale);
+      one.d_core = cuda::data<Number>(c.d_core), one.stride_d_core = c.d_core.stride;
+      one.d_scale = cuda::data<float>(c.d_scale);
+      one.d_scale_sums = space.take<float>(m.splits * one.cols);
+    }
+    const int quads = one.cols * m.rank / 4 + (scaled ? one.cols / 4 : 0);
+    parts = std::max(parts, ceil_div(m.rows * m.rank / 2, kThreads) + ceil_div(quads, kThreads));
   }
-  const auto launch = [&](auto chunks) {
-    auto* kernel = backward_kernel<chunks()>;
-    cuda::admit_shared(reinterpret_cast<const void*>(kernel), kShared<chunks()>);
+  const auto launch = [&](auto* kernel, int bytes) {
+    cuda::admit_shared(reinterpret_cast<const void*>(kernel), bytes);
     kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(m.splits)), kWarps * kWarp,
-             kShared<chunks()>, stream_>>>(m);
+             static_cast<std::size_t>(bytes), stream_>>>(m);
   };
   if (rank > 16)
-    launch(std::integral_constant<int, 2>{});
+    scaled ? launch(backward_kernel<2, true>, kShared<2, true>)
+           : launch(backward_kernel<2, false>, kShared<2, false>);
   else
-    launch(std::integral_constant<int, 1>{});
+    scaled ? launch(backward_kernel<1, true>, kShared<1, true>)
+           : launch(backward_kernel<1, false>, kShared<1, false>);
   cuda::launched("lora_b_backward");
   finish_kernel<<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(m.count)), kThreads, 0,
                   stream_>>>(m);
