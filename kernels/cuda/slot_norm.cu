@@ -8,13 +8,15 @@ namespace mixlora {
 namespace {
 
 using cuda::Index;
+using cuda::kPiece;
+using cuda::kRows;
 using cuda::kWarp;
-using cuda::SlotRanks;
+using cuda::Number;
 using cuda::SlotUpdate;
-using Number = __nv_bfloat16;
 
-constexpr int kRows = cuda::kUpdateRows, kWarps = cuda::kUpdateWarps;
-constexpr int kOwn = SlotUpdate::kOwn, kTile = SlotUpdate::kTile, kTiles = SlotUpdate::kTiles;
+constexpr int kSlots = SlotUpdate::kSlots, kTiles = SlotUpdate::kTiles, kTile = cuda::kColumns;
+constexpr int kRowBytes = SlotUpdate::kBlockColumns * 2, kStages = 3;
+constexpr int kOwn = 8;  // columns of a lane
 
 struct Call {
   Number* sum;
@@ -29,241 +31,246 @@ struct Call {
   const float* scale;  // (E, D)
 };
 
-/// Where a thread of a grid (columns / 256, walkers) is, and what it does alike in both kernels: a
-/// block keeps B2 of its columns and walks down the rows, 64 at a time; the next tile's numbers and
-/// the next rows' ranks are on their way meanwhile. A lane has eight columns of rows 2q and 2q + 1.
-struct Walk {
-  const Call& m;
-  int lane, g, q, col0, tiles, step;
-  int row0;  // of the warp
-  std::uint32_t b0;
-  __device__ Walk(const Call& call, std::byte* memory)
-      : m(call),
-        lane(static_cast<int>(threadIdx.x) % kWarp),
-        g(lane / 4),
-        q(lane % 4),
-        col0(static_cast<int>(blockIdx.x) * SlotUpdate::kColumns),
-        tiles(min(kTiles, (m.cols - col0) / kTile)),
-        step(static_cast<int>(gridDim.y) * kWarps * kRows),
-        row0((static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / kWarp) *
-             kRows),
-        b0(cuda::shared_address(memory)) {}
-  __device__ bool more() const { return row0 + step < m.rows; }
-  __device__ bool live(int i) const { return row0 + 2 * q + i < m.rows; }
-  __device__ Index row_of(int from, int i) const {
-    return static_cast<Index>(min(from + i, m.rows - 1));
+/// The tensor core's sums of a lane: fragments of two pairs of tiles; columns 2j and 2j + 1 of its
+/// eight in row g + 8i are at(j, i, 0) and at(j, i, 1).
+struct Sums {
+  float v[2][2][4];
+  __device__ float& at(int j, int i, int c) { return v[j / 2][j % 2][2 * i + c]; }
+  __device__ void set(int i, uint4 words) {
+    const unsigned word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < kOwn / 2; ++j)
+      at(j, i, 0) = cuda::low(word[j]), at(j, i, 1) = cuda::high(word[j]);
   }
-  template <int E> __device__ std::uint32_t tile(int t) const {
-    return b0 + static_cast<std::uint32_t>(t * SlotUpdate::kTileBytes<E>);
+  __device__ void add(int i, uint4 words) {
+    const unsigned word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < kOwn / 2; ++j)
+      at(j, i, 0) += cuda::low(word[j]), at(j, i, 1) += cuda::high(word[j]);
   }
-  /// Stores two rows' sums of a tile, in bf16, and adds their squares as they are stored.
-  __device__ void store(const float (&sums)[kOwn / 2][4], int col, float (&squares)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      unsigned words[kOwn / 2];
-#pragma unroll
-      for (int j = 0; j < kOwn / 2; ++j) {
-        words[j] = cuda::pack2(sums[j][i], sums[j][2 + i]);
-        const float low = cuda::low(words[j]), high = cuda::high(words[j]);
-        squares[i] += low * low + high * high;
-      }
-      if (live(i))
-        cuda::store_words<kOwn>(m.sum + row_of(row0, 2 * q + i) * m.stride_sum + col, words);
-    }
-  }
-  /// Leaves the block's part of the rows' squares.
-  __device__ void leave(float (&squares)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int apart = 4; apart < kWarp; apart *= 2)
-        squares[i] += __shfl_xor_sync(cuda::kAll, squares[i], apart);
-      if (g == 0 && live(i))
-        m.squares[static_cast<Index>(row0 + 2 * q + i) * gridDim.x + blockIdx.x] = squares[i];
-    }
+  __device__ uint4 packed(int i) {
+    return make_uint4(cuda::pack2(at(0, i, 0), at(0, i, 1)), cuda::pack2(at(1, i, 0), at(1, i, 1)),
+                      cuda::pack2(at(2, i, 0), at(2, i, 1)), cuda::pack2(at(3, i, 0), at(3, i, 1)));
   }
 };
 
-/// sum = x + delta + sum_k w_k z_k B_e^T and, by block of columns, each row's squares of it.
-template <int E>
-__global__ void __launch_bounds__(kWarps* kWarp, 2) sum_kernel(const __grid_constant__ Call m) {
-  extern __shared__ __align__(16) std::byte memory[];
-  Walk at(m, memory);
-  SlotUpdate::fetch<E>(at.b0, m.b, at.col0, at.tiles);
-  SlotRanks next;
-  float2 next_weight;
-  const auto load_ranks = [&](int from) {
-    const Index row = at.row_of(from, at.g);
-    next.load(m.z + row * m.stride_z, m.expert + row * SlotUpdate::kSlots, at.q);
-    next_weight = *reinterpret_cast<const float2*>(m.weight + row * SlotUpdate::kSlots);
-  };
-  unsigned x[2][kOwn / 2], delta[2][kOwn / 2];  // of the tile to come
-  const auto load = [&](int from, int col) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Index row = at.row_of(from, 2 * at.q + i);
-      cuda::load_words<kOwn>(x[i], m.x + row * m.stride_x + col);
-      cuda::load_words<kOwn>(delta[i], m.delta + row * m.stride_delta + col);
-    }
-  };
-  const int first = at.col0 + kOwn * at.g;
-  if (at.row0 < m.rows) {
-    load_ranks(at.row0);
-    load(at.row0, first);
-  }
-  cuda::fetch_wait<0>();
-  __syncthreads();
-
-  for (; at.row0 < m.rows; at.row0 += at.step) {
-    // A row chooses an expert once: one step of the tensor core an expert has both slots.
-    const unsigned used = next.used(0) | next.used(1);
-    const int chosen[2] = {next.expert[0], next.expert[1]};
-    uint2 ranks[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float w = k == 0 ? next_weight.x : next_weight.y;
-      ranks[k] = make_uint2(cuda::pack2(w * cuda::low(next.z[k].x), w * cuda::high(next.z[k].x)),
-                            cuda::pack2(w * cuda::low(next.z[k].y), w * cuda::high(next.z[k].y)));
-    }
-    if (at.more()) load_ranks(at.row0 + at.step);
-    float squares[2] = {};
-    for (int t = 0; t < at.tiles; ++t) {
-      float sums[kOwn / 2][4];
-#pragma unroll
-      for (int j = 0; j < kOwn / 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          sums[j][i] = cuda::low(x[i][j]) + cuda::low(delta[i][j]);
-          sums[j][2 + i] = cuda::high(x[i][j]) + cuda::high(delta[i][j]);
-        }
-      const int col = first + t * kTile;
-      if (t + 1 < at.tiles)
-        load(at.row0, col + kTile);
-      else if (at.more())
-        load(at.row0 + at.step, first);
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        if ((used >> e & 1U) == 0) continue;
-        const bool upper = chosen[1] == e, mine = upper || chosen[0] == e;
-        const uint2 r = upper ? ranks[1] : ranks[0];
-        const unsigned low = mine ? r.x : 0, high = mine ? r.y : 0;
-#pragma unroll
-        for (int j = 0; j < kOwn / 2; ++j) {
-          unsigned b[4];
-          cuda::read_matrices(b, cuda::update_row<kOwn>(at.tile<E>(t), j, at.lane) +
-                                     static_cast<std::uint32_t>(e * cuda::kUpdateTile<kOwn>));
-          cuda::mma(sums[j], b[0], b[1], b[2], b[3], low, high);
-        }
-      }
-      at.store(sums, col, squares);
-    }
-    at.leave(squares);
-  }
+/// A stage: of each sixteen of rows x and delta, or x and both slots of core, by rows; the slots'
+/// ranks; their experts and weights.
+template <bool Apart> struct Stage {
+  static constexpr int kArrays = Apart ? 1 + kSlots : 2;
+  static constexpr int kArray = kRows * kRowBytes, kRanks = kArrays * kArray,
+                       kExperts = kRanks + kSlots * kPiece,
+                       kWeights = kExperts + kRows * kSlots * 4,
+                       kBytes = kWeights + kRows * kSlots * 4;
+};
+/// Of a block of `halves` sixteens of rows: B2, the ring, two steps' squares by warp.
+template <int E, bool Apart> constexpr int shared_of(int halves) {
+  return SlotUpdate::kBytes<E> + halves * (kStages * Stage<Apart>::kBytes + 2 * kTiles * kRows * 4);
 }
+constexpr int kMostHalves = 2;
 
-/// core_k += z_k B_e^T, sum = x + sum_k w_k scale_e core_k and the squares.
-template <int E>
-__global__ void __launch_bounds__(kWarps* kWarp, 2) combine_kernel(const __grid_constant__ Call m) {
-  constexpr int kSlots = SlotUpdate::kSlots;
+/// sum = x + delta + sum_k w_k z_k B_e^T or, Apart, core_k += z_k B_e^T and sum = x + sum_k w_k
+/// scale_e core_k; and, by block of columns, each row's squares of it.
+///
+/// grid (columns / 256, walkers): a block keeps B2 of its columns and walks down the rows, 16 or 32
+/// at a time, its warps side by side, so that memory is asked for 512 bytes of a row at once; the
+/// next two steps' rows are on their way. A lane has eight columns of rows g and g + 8.
+template <int E, bool Apart>
+__global__ void __launch_bounds__(kMostHalves* kTiles* kWarp, 1)
+    slots_kernel(const __grid_constant__ Call m) {
+  using S = Stage<Apart>;
   extern __shared__ __align__(16) std::byte memory[];
-  Walk at(m, memory);
-  SlotUpdate::fetch<E>(at.b0, m.b, at.col0, at.tiles);
-  SlotRanks own;
-  unsigned x[2][kOwn / 2], core[2][kSlots][kOwn / 2];  // of the tile to come
-  const auto core_of = [&](int from, int i, int k) {
-    return m.core + (static_cast<Index>(k) * m.rows + at.row_of(from, 2 * at.q + i)) * m.cols;
-  };
-  const auto load = [&](int from, int col) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      cuda::load_words<kOwn>(x[i], m.x + at.row_of(from, 2 * at.q + i) * m.stride_x + col);
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k)
-        cuda::load_words<kOwn>(core[i][k], core_of(from, i, k) + col);
-    }
-  };
-  const int first = at.col0 + kOwn * at.g;
-  if (at.row0 < m.rows) load(at.row0, first);
-  cuda::fetch_wait<0>();
-  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+  const int halves = static_cast<int>(blockDim.x) / (kTiles * kWarp), half = warp / kTiles,
+            tile = warp % kTiles;
+  const int col0 = static_cast<int>(blockIdx.x) * SlotUpdate::kBlockColumns,
+            col = col0 + tile * kTile + kOwn * q;
+  const bool inside = col < m.cols;  // cols is a multiple of a tile's
+  const int rows = halves * kRows, step = static_cast<int>(gridDim.y) * rows;
+  const std::uint32_t b0 = cuda::shared_address(memory), ring = b0 + SlotUpdate::kBytes<E>;
+  std::byte* const ring_bytes = memory + SlotUpdate::kBytes<E>;
+  auto* const squares =
+      reinterpret_cast<float*>(ring_bytes + kStages * halves * S::kBytes);  // (2, warps, 16)
 
-  for (; at.row0 < m.rows; at.row0 += at.step) {
-    const Index row = at.row_of(at.row0, at.g);
-    own.load(m.z + row * m.stride_z, m.expert + row * kSlots, at.q);
-    unsigned used[kSlots];
+  SlotUpdate::fetch<E>(b0, m.b, col0, min(kTiles, (m.cols - col0) / kTile));
+  const auto last = [&](int row) { return static_cast<Index>(min(row, m.rows - 1)); };
+  const auto fetch = [&](int stage, int first) {
+    if (first < m.rows) {
+      const std::uint32_t at = ring + static_cast<std::uint32_t>(stage * halves * S::kBytes);
+      const bool there = col0 + kOwn * lane < m.cols;
+      const int from = there ? col0 + kOwn * lane : 0;
+#pragma unroll
+      for (int i = 0; i < kRows / kTiles; ++i) {
+        // Rows of a half are fetched by its own warps.
+        const int r = kRows / kTiles * tile + i;
+        const Index row = last(first + half * kRows + r);
+        const std::uint32_t to = at + static_cast<std::uint32_t>(half * S::kBytes + r * kRowBytes +
+                                                                 16 * (lane ^ 4 * (r & 1)));
+        const auto one = [&](int array, const Number* p) {
+          cuda::fetch16(to + static_cast<std::uint32_t>(array * S::kArray), p + from, there);
+        };
+        one(0, m.x + row * m.stride_x);
+        if constexpr (Apart)
+          for (int k = 0; k < kSlots; ++k)
+            one(1 + k, m.core + (static_cast<Index>(k) * m.rows + row) * m.cols);
+        else
+          one(1, m.delta + row * m.stride_delta);
+      }
+      if (tile == 0) {
+        const std::uint32_t own = at + static_cast<std::uint32_t>(half * S::kBytes);
+        const int row0 = first + half * kRows;
+        cuda::fetch_ranks<kSlots>(own + S::kRanks, m.z + last(row0 + lane / 2) * m.stride_z,
+                                  kSlots * SlotUpdate::kRank, lane);
+        const Index slot = last(row0 + lane / kSlots) * kSlots + lane % kSlots;
+        cuda::fetch4(own + static_cast<std::uint32_t>(S::kExperts + 4 * lane), m.expert + slot,
+                     true);
+        cuda::fetch4(own + static_cast<std::uint32_t>(S::kWeights + 4 * lane), m.weight + slot,
+                     true);
+      }
+    }
+    cuda::fetch_commit();
+  };
+  /// The squares of a step's rows, the warps' in their order.
+  const auto leave = [&](int turn, int first) {
+    const int own = static_cast<int>(threadIdx.x), row = first + own;
+    if (own >= rows || row >= m.rows) return;
+    float sum = 0;
+    for (int w = 0; w < kTiles; ++w)
+      sum += squares[(turn * halves * kTiles + own / kRows * kTiles + w) * kRows + own % kRows];
+    m.squares[static_cast<Index>(row) * gridDim.x + blockIdx.x] = sum;
+  };
+
+  int first = static_cast<int>(blockIdx.y) * rows, stage = 0, turn = 0;
+  const int begin = first;
+#pragma unroll
+  for (int i = 0; i + 1 < kStages; ++i) fetch(i, first + i * step);
+  for (; first < m.rows; first += step) {
+    cuda::fetch_wait<kStages - 2>();
+    __syncthreads();
+    if (first > begin) leave(turn ^ 1, first - step);
+    fetch((stage + kStages - 1) % kStages, first + (kStages - 1) * step);
+    const int at = (stage * halves + half) * S::kBytes;
+    const std::byte* const here = ring_bytes + at;
+    const auto row_of = [&](int i) { return first + half * kRows + g + 8 * i; };
+    /// This lane's columns of row g + 8i of an array.
+    const auto own = [&](int array, int i) {
+      return *reinterpret_cast<const uint4*>(here + array * S::kArray + (g + 8 * i) * kRowBytes +
+                                             16 * ((4 * tile + q) ^ 4 * (g & 1)));
+    };
+    unsigned z[kSlots][4];
     int expert[2][kSlots];
     float weight[2][kSlots];
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-      used[k] = own.used(k);
+    for (int k = 0; k < kSlots; ++k)
+      cuda::read_matrices(z[k], ring + static_cast<std::uint32_t>(at + S::kRanks + k * kPiece) +
+                                    cuda::rank_row(lane));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Index at_slot = at.row_of(at.row0, 2 * at.q + i) * kSlots + k;
-        expert[i][k] = m.expert[at_slot];
-        weight[i][k] = m.weight[at_slot];
-      }
+    for (int i = 0; i < 2; ++i) {
+      const auto e = reinterpret_cast<const int2*>(here + S::kExperts)[g + 8 * i];
+      const auto w = reinterpret_cast<const float2*>(here + S::kWeights)[g + 8 * i];
+      expert[i][0] = e.x, expert[i][1] = e.y, weight[i][0] = w.x, weight[i][1] = w.y;
     }
-    float squares[2] = {};
-    for (int t = 0; t < at.tiles; ++t) {
-      const int col = first + t * kTile;
-      float sums[kSlots][kOwn / 2][4], total[kOwn / 2][4];
+    /// Expert e's columns, as the tensor core wants two of its tiles.
+    const auto factor = [&](unsigned(&b)[4], int e, int pair) {
+      cuda::read_matrices(b, b0 + cuda::factor_row(lane) +
+                                 static_cast<std::uint32_t>(tile * SlotUpdate::kTileBytes<E> +
+                                                            e * cuda::kFactorBytes + 512 * pair));
+    };
+    Sums total;
+    if constexpr (Apart) {
+      Sums sums[kSlots];
 #pragma unroll
-      for (int j = 0; j < kOwn / 2; ++j)
+      for (int k = 0; k < kSlots; ++k)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          total[j][i] = cuda::low(x[i][j]);
-          total[j][2 + i] = cuda::high(x[i][j]);
-#pragma unroll
-          for (int k = 0; k < kSlots; ++k) {
-            sums[k][j][i] = cuda::low(core[i][k][j]);
-            sums[k][j][2 + i] = cuda::high(core[i][k][j]);
-          }
-        }
-      if (t + 1 < at.tiles)
-        load(at.row0, col + kTile);
-      else if (at.more())
-        load(at.row0 + at.step, first);
+        for (int i = 0; i < 2; ++i) sums[k].set(i, own(1 + k, i));
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        if (((used[0] | used[1]) >> e & 1U) == 0) continue;
+        unsigned a[kSlots][4];
 #pragma unroll
-        for (int j = 0; j < kOwn / 2; ++j) {
+        for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+          for (int n = 0; n < 4; ++n) a[k][n] = expert[n % 2][k] == e ? z[k][n] : 0;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
           unsigned b[4];
-          cuda::read_matrices(b, cuda::update_row<kOwn>(at.tile<E>(t), j, at.lane) +
-                                     static_cast<std::uint32_t>(e * cuda::kUpdateTile<kOwn>));
+          factor(b, e, pair);
 #pragma unroll
           for (int k = 0; k < kSlots; ++k) {
-            const bool mine = own.expert[k] == e;
-            if ((used[k] >> e & 1U) != 0)
-              cuda::mma(sums[k][j], b[0], b[1], b[2], b[3], mine ? own.z[k].x : 0,
-                        mine ? own.z[k].y : 0);
+            cuda::mma(sums[k].v[pair][0], a[k][0], a[k][1], a[k][2], a[k][3], b[0], b[1]);
+            cuda::mma(sums[k].v[pair][1], a[k][0], a[k][1], a[k][2], a[k][3], b[2], b[3]);
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) total.set(i, own(0, i));
 #pragma unroll
-        for (int k = 0; k < kSlots; ++k) {
-          unsigned words[kOwn / 2];
+      for (int k = 0; k < kSlots; ++k)
 #pragma unroll
-          for (int j = 0; j < kOwn / 2; ++j)
-            words[j] = cuda::pack2(sums[k][j][i], sums[k][j][2 + i]);
-          if (at.live(i)) cuda::store_words<kOwn>(core_of(at.row0, i, k) + col, words);
+        for (int i = 0; i < 2; ++i) {
+          if (inside && row_of(i) < m.rows)
+            *reinterpret_cast<uint4*>(m.core +
+                                      (static_cast<Index>(k) * m.rows + row_of(i)) * m.cols + col) =
+                sums[k].packed(i);
           const float w = weight[i][k];
-          if (w == 0) continue;
+          if (w == 0 || !inside) continue;
           cuda::Eight by = {{1, 1, 1, 1, 1, 1, 1, 1}};
           if (expert[i][k] >= 0)
             by = cuda::load8(m.scale + static_cast<Index>(expert[i][k]) * m.cols + col);
 #pragma unroll
-          for (int j = 0; j < kOwn / 2; ++j) {
-            total[j][i] += w * by.v[2 * j] * sums[k][j][i];
-            total[j][2 + i] += w * by.v[2 * j + 1] * sums[k][j][2 + i];
-          }
+          for (int n = 0; n < kOwn; ++n)
+            total.at(n / 2, i, n % 2) += w * by.v[n] * sums[k].at(n / 2, i, n % 2);
         }
-      at.store(total, col, squares);
+    } else {
+      // A row chooses an expert once: one step of the tensor core an expert has both slots.
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float w = weight[n % 2][k];
+          z[k][n] = cuda::pack2(w * cuda::low(z[k][n]), w * cuda::high(z[k][n]));
+        }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) total.set(i, own(0, i)), total.add(i, own(1, i));
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        unsigned a[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          a[n] = expert[n % 2][1] == e ? z[1][n] : expert[n % 2][0] == e ? z[0][n] : 0;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          unsigned b[4];
+          factor(b, e, pair);
+          cuda::mma(total.v[pair][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+          cuda::mma(total.v[pair][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+      }
     }
-    at.leave(squares);
+    // Squares are those of what is stored, in bf16.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 words = total.packed(i);
+      const unsigned word[4] = {words.x, words.y, words.z, words.w};
+      float square = 0;
+#pragma unroll
+      for (int j = 0; j < kOwn / 2; ++j) {
+        const float low = cuda::low(word[j]), high = cuda::high(word[j]);
+        square += low * low + high * high;
+      }
+      if (!inside) square = 0;
+      square += __shfl_xor_sync(cuda::kAll, square, 1);
+      square += __shfl_xor_sync(cuda::kAll, square, 2);
+      if (q == 0) squares[(turn * halves * kTiles + warp) * kRows + g + 8 * i] = square;
+      if (inside && row_of(i) < m.rows)
+        *reinterpret_cast<uint4*>(m.sum + row_of(i) * m.stride_sum + col) = words;
+    }
+    stage = (stage + 1) % kStages;
+    turn ^= 1;
   }
+  cuda::fetch_wait<0>();
+  __syncthreads();
+  if (first > begin) leave(turn ^ 1, first - step);
 }
 
 /// y = sum r w, r from the blocks' squares.
@@ -287,12 +294,14 @@ struct Finish {
   }
 };
 
-template <int E> void launch(const Call& m, int walkers, cudaStream_t stream) {
-  auto* const kernel = m.core != nullptr ? combine_kernel<E> : sum_kernel<E>;
-  cuda::admit_shared(reinterpret_cast<const void*>(kernel), SlotUpdate::kBytes<E>);
-  const dim3 grid(static_cast<unsigned>(cuda::ceil_div(m.cols, SlotUpdate::kColumns)),
+template <int E, bool Apart>
+void launch(const Call& m, int walkers, int halves, cudaStream_t stream) {
+  auto* const kernel = slots_kernel<E, Apart>;
+  cuda::admit_shared(reinterpret_cast<const void*>(kernel), shared_of<E, Apart>(halves));
+  const dim3 grid(static_cast<unsigned>(cuda::ceil_div(m.cols, SlotUpdate::kBlockColumns)),
                   static_cast<unsigned>(walkers));
-  kernel<<<grid, kWarps * kWarp, SlotUpdate::kBytes<E>, stream>>>(m);
+  kernel<<<grid, static_cast<unsigned>(halves * kTiles * kWarp),
+           static_cast<std::size_t>(shared_of<E, Apart>(halves)), stream>>>(m);
   cuda::launched("the sum behind a mixture");
 }
 
@@ -303,7 +312,8 @@ bool takes(ConstTensor sum, ConstTensor y, ConstTensor r, ConstTensor x, ConstTe
     return t.dtype == DType::bf16 && cuda::by_eights(t) && t.rows() == x.rows() &&
            t.cols() == x.cols();
   };
-  return fits(sum) && fits(y) && fits(x) && cuda::by_eights(w) && w.numel() == x.cols() &&
+  return shared_of<SlotUpdate::kMostExperts, true>(1) <= cuda::most_shared() && fits(sum) &&
+         fits(y) && fits(x) && cuda::by_eights(w) && w.numel() == x.cols() &&
          r.numel() == x.rows() && r.contiguous() && cuda::takes_slots(z, b, s, x.rows(), x.cols());
 }
 
@@ -314,10 +324,12 @@ void CudaBackend::slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, C
                                 const Slots& s, ConstTensor w, float eps) {
   const Index rows = x.rows(), cols = x.cols();
   if (rows == 0) return;
-  const int parts = static_cast<int>(cuda::ceil_div<Index>(cols, SlotUpdate::kColumns));
-  const Index groups = cuda::ceil_div<Index>(rows, kWarps * kRows);
-  // Two blocks a processor, each with as many rows as the next.
-  const Index turns = cuda::ceil_div<Index>(groups * parts, 2 * processors_);
+  const int parts = static_cast<int>(cuda::ceil_div<Index>(cols, SlotUpdate::kBlockColumns));
+  const int wanted = shared_of<SlotUpdate::kMostExperts, true>(kMostHalves),
+            halves = wanted <= cuda::most_shared() ? kMostHalves : 1;
+  const Index groups = cuda::ceil_div<Index>(rows, halves * kRows);
+  // A block a processor, each with as many rows as the next.
+  const Index turns = cuda::ceil_div<Index>(groups * parts, processors_);
   const int walkers = static_cast<int>(cuda::ceil_div(groups, turns));
   auto* squares = room().take<float>(rows * parts);
   const Call m{cuda::data<Number>(sum),
@@ -336,10 +348,13 @@ void CudaBackend::slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, C
                static_cast<int>(cols),
                core ? cuda::data<Number>(core) : nullptr,
                scale ? cuda::data<float>(scale) : nullptr};
-  if (s.experts == SlotUpdate::kMostExperts)
-    launch<SlotUpdate::kMostExperts>(m, walkers, stream_);
+  constexpr int kMost = SlotUpdate::kMostExperts;
+  if (s.experts == kMost)
+    core ? launch<kMost, true>(m, walkers, halves, stream_)
+         : launch<kMost, false>(m, walkers, halves, stream_);
   else
-    launch<4>(m, walkers, stream_);
+    core ? launch<4, true>(m, walkers, halves, stream_)
+         : launch<4, false>(m, walkers, halves, stream_);
   cuda::each_chunk(stream_, "the norm behind a mixture", rows, cols, true,
                    Finish{cuda::rows_of<Number>(y), cuda::rows_of<Number>(ConstTensor(sum)),
                           cuda::data<float>(w), squares, cuda::data<float>(r), parts,
