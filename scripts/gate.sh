@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Holds the program against its own baseline: runs experiments/sweeps/gate.json anew (fp32 on the CPU; other instruction sets
-# round otherwise, so answers are tested, not compared bit by bit) and checks accuracy, memory and that no trial is missing.
+# Holds the program against its own baseline: runs experiments/sweeps/quickstart.json anew on the CPU (bf16 where the processor
+# has it, else fp32; both round otherwise elsewhere, so answers are tested, not compared bit by bit) and checks accuracy, memory
+# and that no trial is missing.
 # usage: scripts/gate.sh [--update]     --update writes the baseline; read its diff like code
 # Time is left out, since machines that run this are shared; on quiet cores of the baseline's processor
 # MIXLORA_GATE_LATENCY=1.25 fails what takes 1.25 times as long.
@@ -19,7 +20,7 @@ if [ ! -x build/cpu/mixlora-bench ]; then
   echo "gate: build/cpu/mixlora-bench is not there; scripts/test.sh builds it" >&2
   exit 2
 fi
-program=build/cpu/mixlora-bench sweep=experiments/sweeps/gate.json baseline=reports/gate/gate-baseline.json
+program=build/cpu/mixlora-bench sweep=experiments/sweeps/quickstart.json baseline=reports/gate/quickstart-baseline.json
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$program" run "$sweep" --db "$work/gate.db" --out "$work/tables" >/dev/null
