@@ -171,8 +171,11 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     const DeviceAdapter& adapter = *step.groups.front().adapter;
     scale = {adapter.scales[i].qkv, adapter.d_scales.qkv};
   }
-  ops_.attention_rope_backward(d_qkv, d_o, k.qkv, k.o, k.lse, step.sequences, model_.rope, step.ids,
-                               c.attention_heads(), scale);
+  // What the norm before q, k and v asks of each row, where attention has it.
+  Tensor row_dots = scratch_.take({n}, DType::f32);
+  if (!ops_.attention_rope_backward(d_qkv, row_dots, d_o, k.qkv, k.o, k.lse, step.sequences,
+                                    model_.rope, step.ids, c.attention_heads(), scale))
+    row_dots = {};
 
   const Tensor d_normed = scratch_.take({n, c.hidden}, type),
                normed = scratch_.take({n, c.hidden}, type);
@@ -217,7 +220,8 @@ void Transformer::attention_backward(const Step& step, std::size_t i, LayerKept&
     if (a && d_a_weight && needs_input) {
       through_a_and_norm_backward(step, g, i, site_qkv, p_drop, writable(d_a_weight), d_x_rows,
                                   d_y_rows, d_a, a, k.groups[j].a_qkv, g.adapter->attention_scale,
-                                  x, w.input_norm, r1, y);
+                                  x, w.input_norm, r1,
+                                  row_dots ? cut(row_dots, {g.begin, g.end}) : row_dots, y);
       continue;
     }
     ops_.rmsnorm_again(y, x, w.input_norm, r1);

@@ -248,8 +248,8 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     ops_.linear(k.gate_up, x, w.gate_up);
   }
   const Tensor d_gate_up = scratch_.take({rows.rows, 2 * c.ffn}, type);
-  std::vector<Tensor> ps(step.groups.size()), d_weights(step.groups.size()),
-      d_overflow(step.groups.size());
+  std::vector<Tensor> ps(step.groups.size()), row_dots(step.groups.size()),
+      d_weights(step.groups.size()), d_overflow(step.groups.size());
 
   for (std::size_t j = 0; j < rows.groups.size(); ++j) {
     const Group& g = rows.groups[j];
@@ -257,6 +257,7 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     if (g.adapter != nullptr) {
       const DeviceAdapter& ad = *g.adapter;
       if (has_a(layer_of(g, i))) ps[j] = scratch_.take({g.rows(), 2 * ad.experts * ad.rank}, type);
+      if (with_norm(step.groups[j])) row_dots[j] = scratch_.take({g.rows()}, DType::f32);
       if (has_router(ad.spec)) d_weights[j] = scratch_.take({g.rows(), ad.slots}, DType::f32);
       if (ad.router.capacity > 0 && ad.router.overflow == Overflow::input) {
         d_overflow[j] = scratch_.take({g.rows(), c.hidden}, type);
@@ -270,7 +271,7 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     if (g.adapter == nullptr) {
       const Tensor d_h = scratch_.take({g.rows(), c.ffn}, type);
       ops_.linear_backward(d_h, d_y, w.down, false);
-      ops_.mixture_backward(d_part, {}, {}, {}, d_h, {}, {}, m);
+      ops_.mixture_backward(d_part, {}, {}, {}, {}, d_h, {}, {}, m);
       continue;
     }
     DeviceAdapter& ad = *g.adapter;
@@ -324,8 +325,9 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const MixtureGrads grads{l.gate_b.grad, l.up_b.grad, l.down_a.grad,
                              scaled ? ad.d_scales.gate : Tensor(),
                              scaled ? ad.d_scales.up : Tensor()};
-    ops_.mixture_backward(d_part, ad.per_slot ? Tensor() : d_weights[j], ps[j], grads, d_h, q, gk.z,
-                          m);
+    if (!ops_.mixture_backward(d_part, ad.per_slot ? Tensor() : d_weights[j], ps[j], row_dots[j],
+                               grads, d_h, q, gk.z, m))
+      row_dots[j] = {};
     if (d_overflow[j] && d_weights[j]) ops_.add(d_weights[j], d_weight_over);
   }
 
@@ -376,11 +378,12 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
       if (routed)
         through_a_router_and_norm_backward(step, g, i, site_ffn, ad.expert_p, d_both, l.router.grad,
                                            d_x_rows, d_own, ps[j], d_logits, both, l.router.value,
-                                           x2, w.post_norm, r2, own);
+                                           x2, w.post_norm, r2, row_dots[j], k.groups[j].logits,
+                                           own);
       else
         through_a_and_norm_backward(step, g, i, site_ffn, ad.expert_p, d_both, d_x_rows, d_own,
                                     ps[j], both, k.groups[j].a_ffn, ad.ffn_scale, x2, w.post_norm,
-                                    r2, own);
+                                    r2, row_dots[j], own);
       continue;
     }
     const bool together = ps[j] && both && d_both && routed && !narrow;

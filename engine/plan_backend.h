@@ -51,14 +51,15 @@ class PlanBackend final : public Backend {
   void rmsnorm_again(Tensor, ConstTensor, ConstTensor, ConstTensor) override {}
   void lora_a_rmsnorm_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, float,
                                const Dropout&, RowIds, ConstTensor, ConstTensor, ConstTensor,
-                               Tensor, Tensor) override {}
+                               ConstTensor, Tensor, Tensor) override {}
   void lora_a_router_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                               ConstTensor, ConstTensor, const Dropout&, RowIds, Tensor) override {}
   void lora_a_router(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, float, const Dropout&,
                      RowIds, Tensor) override {}
   void lora_a_router_rmsnorm_backward(Tensor, Tensor, Tensor, Tensor, ConstTensor, ConstTensor,
                                       ConstTensor, ConstTensor, const Dropout&, RowIds, ConstTensor,
-                                      ConstTensor, ConstTensor, Tensor, Tensor) override {}
+                                      ConstTensor, ConstTensor, ConstTensor, ConstTensor, Tensor,
+                                      Tensor) override {}
   void lora_b_backward(std::span<const LowRankBackward>, float) override {}
   void add_lora_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, const LowRank&, ConstTensor,
                         float) override {}
@@ -82,8 +83,10 @@ class PlanBackend final : public Backend {
                       const Router&, float, float, std::int64_t, float) override {}
   void router_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor) override {}
   void mixture(Tensor, Tensor, const Mixture&) override {}
-  void mixture_backward(Tensor, Tensor, Tensor, const MixtureGrads&, ConstTensor, ConstTensor,
-                        ConstTensor, const Mixture&) override {}
+  bool mixture_backward(Tensor, Tensor, Tensor, Tensor, const MixtureGrads&, ConstTensor,
+                        ConstTensor, ConstTensor, const Mixture&) override {
+    return false;
+  }
   void slots_to_columns(Tensor, ConstTensor, const Slots&, bool) override {}
   void slot_combine(Tensor, ConstTensor, ConstTensor, const Slots&) override {}
   void add_slots_rmsnorm(Tensor, Tensor, Tensor, ConstTensor, Tensor, ConstTensor, ConstTensor,

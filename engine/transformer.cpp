@@ -91,30 +91,28 @@ void Transformer::through_a_and_norm_backward(const Step& step, const Group& g, 
                                               Tensor d_input, Tensor d_y, ConstTensor d_a,
                                               ConstTensor weight, ConstTensor a, float s,
                                               ConstTensor input, ConstTensor norm, ConstTensor r,
-                                              Tensor room) {
+                                              ConstTensor row_dots, Tensor room) {
   const Scratch::Frame frame(scratch_);
   const float own = rate(step, p);
   const Tensor dropped =
       own > 0 ? scratch_.take({input.rows(), input.cols()}, input.dtype) : Tensor();
   ops_.lora_a_rmsnorm_backward(d_weight, d_input, d_y, d_a, weight, a, s,
-                               dropout_of(g, layer, site, own), ids(step, g), input, norm, r, room,
-                               dropped);
+                               dropout_of(g, layer, site, own), ids(step, g), input, norm, r,
+                               row_dots, room, dropped);
 }
 
-void Transformer::through_a_router_and_norm_backward(const Step& step, const Group& g,
-                                                     std::size_t layer, std::uint32_t site, float p,
-                                                     Tensor d_weight, Tensor d_router,
-                                                     Tensor d_input, Tensor d_y, ConstTensor d_a,
-                                                     ConstTensor d_logits, ConstTensor weight,
-                                                     ConstTensor router, ConstTensor input,
-                                                     ConstTensor norm, ConstTensor r, Tensor room) {
+void Transformer::through_a_router_and_norm_backward(
+    const Step& step, const Group& g, std::size_t layer, std::uint32_t site, float p,
+    Tensor d_weight, Tensor d_router, Tensor d_input, Tensor d_y, ConstTensor d_a,
+    ConstTensor d_logits, ConstTensor weight, ConstTensor router, ConstTensor input,
+    ConstTensor norm, ConstTensor r, ConstTensor row_dots, ConstTensor logits, Tensor room) {
   const Scratch::Frame frame(scratch_);
   const float own = rate(step, p);
   const Tensor dropped =
       own > 0 ? scratch_.take({input.rows(), input.cols()}, input.dtype) : Tensor();
   ops_.lora_a_router_rmsnorm_backward(d_weight, d_router, d_input, d_y, d_a, d_logits, weight,
                                       router, dropout_of(g, layer, site, own), ids(step, g), input,
-                                      norm, r, room, dropped);
+                                      norm, r, row_dots, logits, room, dropped);
 }
 
 void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tensor r, ConstTensor x,

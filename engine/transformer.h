@@ -125,19 +125,20 @@ class Transformer {
                                      Tensor d_x, ConstTensor d_a, ConstTensor d_logits,
                                      ConstTensor x, ConstTensor weight, ConstTensor router);
   /// Through A where x = rmsnorm(input), and the norm's own: d_y, x's gradient so far, is
-  /// overwritten, as is `room` (n, D); a and s as in through_a.
+  /// overwritten, as is `room` (n, D); a and s as in through_a; row_dots may be absent.
   void through_a_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
                                    std::uint32_t site, float p, Tensor d_weight, Tensor d_input,
                                    Tensor d_y, ConstTensor d_a, ConstTensor weight, ConstTensor a,
                                    float s, ConstTensor input, ConstTensor norm, ConstTensor r,
-                                   Tensor room);
+                                   ConstTensor row_dots, Tensor room);
   /// The same with a router that reads x too.
   void through_a_router_and_norm_backward(const Step& step, const Group& g, std::size_t layer,
                                           std::uint32_t site, float p, Tensor d_weight,
                                           Tensor d_router, Tensor d_input, Tensor d_y,
                                           ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
                                           ConstTensor router, ConstTensor input, ConstTensor norm,
-                                          ConstTensor r, Tensor room);
+                                          ConstTensor r, ConstTensor row_dots, ConstTensor logits,
+                                          Tensor room);
 
   Backend& ops_;
   const Model& model_;

@@ -39,7 +39,8 @@ void Backend::lora_b_backward(std::span<const LowRankBackward> all, float s) {
 void Backend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                       ConstTensor weight, ConstTensor /*a*/, float /*s*/,
                                       const Dropout& d, RowIds ids, ConstTensor x, ConstTensor w,
-                                      ConstTensor r, Tensor y, Tensor room) {
+                                      ConstTensor r, ConstTensor /*row_dots*/, Tensor y,
+                                      Tensor room) {
   rmsnorm_again(y, x, w, r);
   lora_a_backward(d_weight, d_y, d_a, y, weight, d, ids, room);
   rmsnorm_backward(d_x, d_y, x, w, r);
@@ -62,7 +63,8 @@ void Backend::lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tenso
                                              ConstTensor d_a, ConstTensor d_logits,
                                              ConstTensor weight, ConstTensor wg, const Dropout& d,
                                              RowIds ids, ConstTensor x, ConstTensor w,
-                                             ConstTensor r, Tensor y, Tensor room) {
+                                             ConstTensor r, ConstTensor /*row_dots*/,
+                                             ConstTensor /*logits*/, Tensor y, Tensor room) {
   rmsnorm_again(y, x, w, r);
   lora_a_router_backward(d_weight, d_wg, d_y, d_a, d_logits, y, weight, wg, d, ids, room);
   rmsnorm_backward(d_x, d_y, x, w, r);

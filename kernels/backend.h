@@ -82,6 +82,11 @@ struct QkvScale {
   Tensor d_scale;     // the same, added to
 };
 
+/// Rows' dots. Where x -> c = x W^T and low-rank updates of x is linear, a row's <x, d_x> is its
+/// <c, d_c>: what makes d_c from c can leave that, (N) f32, for the norm before x, whose backward
+/// then need not read x and d_x for it. An operation asked for dots that it has no cheap way to
+/// make leaves them as they are and returns false.
+
 /// Grouped-query attention: H query heads, `kv_heads` key/value heads, D numbers a head.
 struct Heads {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
@@ -273,10 +278,11 @@ class Backend {
   /// drop(d_a A); d_weight += d_a^T drop(y); rmsnorm_backward adds d_y's to d_x. y and room (N, D)
   /// are overwritten, as d_y may be. a (N, R) is what lora_a made of y with this s and d; it and
   /// d_a give the share of drop(d_a A) in a row's <y, d_y>, for what reads it before the product.
+  /// row_dots (N) f32, may be absent: <y, d_y> of each row, drop(d_a A) in d_y.
   virtual void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                        ConstTensor weight, ConstTensor a, float s, const Dropout& d,
                                        RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r,
-                                       Tensor y, Tensor room);
+                                       ConstTensor row_dots, Tensor y, Tensor room);
   /// lora_a_backward, then router_backward, of one x.
   virtual void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                                       ConstTensor d_logits, ConstTensor x, ConstTensor weight,
@@ -285,12 +291,14 @@ class Backend {
   virtual void lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
                              ConstTensor wg, float s, const Dropout& d, RowIds ids, Tensor room);
   /// lora_a_rmsnorm_backward with a router behind the norm too: d_y gets what
-  /// lora_a_router_backward adds.
+  /// lora_a_router_backward adds. row_dots as there, without the router's share, which `logits`,
+  /// what it made of y, and d_logits give.
   virtual void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
                                               ConstTensor d_a, ConstTensor d_logits,
                                               ConstTensor weight, ConstTensor wg, const Dropout& d,
                                               RowIds ids, ConstTensor x, ConstTensor w,
-                                              ConstTensor r, Tensor y, Tensor room);
+                                              ConstTensor r, ConstTensor row_dots,
+                                              ConstTensor logits, Tensor y, Tensor room);
   /// add_rmsnorm of x and scale (delta + a B^T). `delta` is overwritten: where there is a scale, by
   /// delta + a B^T.
   virtual void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
@@ -343,15 +351,18 @@ class Backend {
   virtual void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                   ConstTensor lse, const Sequences& s, Heads heads) = 0;
   /// attention_backward, then d_q and d_k turned back by rope's inverse and, with a scale,
-  /// scale_rope_backward in place: one pass where that pays.
-  virtual void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
-                                       ConstTensor o, ConstTensor lse, const Sequences& s,
-                                       ConstTensor table, RowIds ids, Heads heads,
-                                       const QkvScale& scale) {
+  /// scale_rope_backward in place: one pass where that pays. row_dots (N) f32, may be absent: <q,
+  /// d_q> + <k, d_k> + <v, d_v> over all heads, which neither turning both sides nor moving a scale
+  /// to the other one changes. Returns whether it left them.
+  virtual bool attention_rope_backward(Tensor d_qkv, Tensor /*row_dots*/, ConstTensor d_o,
+                                       ConstTensor qkv, ConstTensor o, ConstTensor lse,
+                                       const Sequences& s, ConstTensor table, RowIds ids,
+                                       Heads heads, const QkvScale& scale) {
     attention_backward(d_qkv, d_o, qkv, o, lse, s, heads);
     rope(d_qkv, d_qkv, table, ids, heads, true);
     if (scale.scale)
       scale_rope_backward(d_qkv, scale.d_scale, d_qkv, qkv, scale.scale, table, ids, heads);
+    return false;
   }
 
   // ---- routing -----------------------------------------------------------------------------
@@ -394,7 +405,9 @@ class Backend {
   ///   d_weight (N, K) f32 = <h_k, d_out> + <z_k, q_e>  (not written when per_slot)
   ///   d_gate_up (N, 2F) = sum over slots; p (N, 2 E R) = s B^T d(c + B a), zero where not chosen
   ///   gradients added: d_gate_b, d_up_b, d_down_a, d_gate_scale, d_up_scale
-  virtual void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
+  ///   row_dots (N) f32, may be absent: sum over slots of <u, d_u> + <v, d_v>
+  /// Returns whether it left row_dots.
+  virtual bool mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor row_dots,
                                 const MixtureGrads& grads, ConstTensor d_out, ConstTensor q,
                                 ConstTensor z, const Mixture& m) = 0;
   /// Spreads z over the columns of its expert, zero elsewhere: (N, E R) with w_k when not per_slot,

@@ -49,7 +49,7 @@ struct TimedStep {
 /// Passes every call on to `inner`. While it measures, a mark stands before and behind each call of
 /// a step (range "step"); nothing waits before the step ends. Marks cost a device a microsecond or
 /// so each: compare with the wall time of steps without them.
-class TimedBackend final : public Backend {
+class TimedBackend : public Backend {
  public:
   explicit TimedBackend(std::unique_ptr<Backend> inner)
       : inner_owner_(std::move(inner)), inner_(*inner_owner_), marks_(inner_.time_marks()) {}
@@ -132,11 +132,11 @@ class TimedBackend final : public Backend {
   }
   void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                ConstTensor weight, ConstTensor a, float s, const Dropout& d,
-                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
-                               Tensor room) override {
+                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r,
+                               ConstTensor row_dots, Tensor y, Tensor room) override {
     timed(Family::factors, "lora_a_rmsnorm_backward", [&] {
-      inner_.lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r, y,
-                                     room);
+      inner_.lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r,
+                                     row_dots, y, room);
     });
   }
   void add_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, ConstTensor w,
@@ -175,11 +175,11 @@ class TimedBackend final : public Backend {
   void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
                                       ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
                                       ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor x,
-                                      ConstTensor w, ConstTensor r, Tensor y,
-                                      Tensor room) override {
+                                      ConstTensor w, ConstTensor r, ConstTensor row_dots,
+                                      ConstTensor logits, Tensor y, Tensor room) override {
     timed(Family::factors, "lora_a_router_rmsnorm_backward", [&] {
       inner_.lora_a_router_rmsnorm_backward(d_weight, d_wg, d_x, d_y, d_a, d_logits, weight, wg, d,
-                                            ids, x, w, r, y, room);
+                                            ids, x, w, r, row_dots, logits, y, room);
     });
   }
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override {
@@ -234,12 +234,16 @@ class TimedBackend final : public Backend {
     timed(Family::attention, "attention_backward",
           [&] { inner_.attention_backward(d_qkv, d_o, qkv, o, lse, s, heads); });
   }
-  void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
-                               ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
-                               Heads heads, const QkvScale& scale) override {
+  bool attention_rope_backward(Tensor d_qkv, Tensor row_dots, ConstTensor d_o, ConstTensor qkv,
+                               ConstTensor o, ConstTensor lse, const Sequences& s,
+                               ConstTensor table, RowIds ids, Heads heads,
+                               const QkvScale& scale) override {
+    bool left = false;
     timed(Family::attention, "attention_rope_backward", [&] {
-      inner_.attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, table, ids, heads, scale);
+      left = inner_.attention_rope_backward(d_qkv, row_dots, d_o, qkv, o, lse, s, table, ids, heads,
+                                            scale);
     });
+    return left;
   }
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override {
     timed(Family::router, "router_logits", [&] { inner_.router_logits(logits, x, wg); });
@@ -271,11 +275,14 @@ class TimedBackend final : public Backend {
   void mixture(Tensor out, Tensor z, const Mixture& m) override {
     timed(Family::mixture, "mixture", [&] { inner_.mixture(out, z, m); });
   }
-  void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
-                        ConstTensor d_out, ConstTensor q, ConstTensor z,
+  bool mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor row_dots,
+                        const MixtureGrads& grads, ConstTensor d_out, ConstTensor q, ConstTensor z,
                         const Mixture& m) override {
-    timed(Family::mixture, "mixture_backward",
-          [&] { inner_.mixture_backward(d_gate_up, d_weight, p, grads, d_out, q, z, m); });
+    bool left = false;
+    timed(Family::mixture, "mixture_backward", [&] {
+      left = inner_.mixture_backward(d_gate_up, d_weight, p, row_dots, grads, d_out, q, z, m);
+    });
+    return left;
   }
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override {
     timed(Family::mixture, "slots_to_columns",

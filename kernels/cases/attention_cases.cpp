@@ -86,25 +86,28 @@ void attention_cases(std::vector<OpCase>& t, const Layout& l) {
                    &lse = w.numbers({n, h}, DType::f32, lse_true);
              Array &angles = w.numbers({n, d}, DType::f32, angles_of(n, d)), &ids = w.row_ids(n);
              Array& d_qkv = w.output("d_qkv", {n, l.width()}, w.act());
+             Array& dots = w.output("row_dots", {n}, DType::f32);
+             dots.compared = false;  // unless they are left
              Array *scale = nullptr, *d_scale = nullptr;
              if (scaled) {
                scale = &w.input({l.width()}, DType::f32, 0.1, 1);
                d_scale = &w.updated("d_scale", {l.width()}, DType::f32);
              }
-             w.run = [=, &w, &qkv, &table, &g, &o, &lse, &angles, &ids, &d_qkv] {
+             w.run = [=, &w, &qkv, &table, &g, &o, &lse, &angles, &ids, &d_qkv, &dots] {
                QkvScale by;
                if (scaled) by = {scale->device, d_scale->device};
                if (turned)
-                 w.ops.attention_rope_backward(d_qkv.device, g.device, qkv.device, o.device,
-                                               lse.device, l.on(table), angles.device, ids.device,
-                                               l.heads, by);
+                 dots.compared = w.ops.attention_rope_backward(
+                     d_qkv.device, dots.device, g.device, qkv.device, o.device, lse.device,
+                     l.on(table), angles.device, ids.device, l.heads, by);
                else
                  w.ops.attention_backward(d_qkv.device, g.device, qkv.device, o.device, lse.device,
                                           l.on(table), l.heads);
              };
-             w.reference = [=, &qkv, &g, &o, &lse, &angles, &ids, &d_qkv] {
+             w.reference = [=, &qkv, &g, &o, &lse, &angles, &ids, &d_qkv, &dots] {
                reference::attention_backward(d_qkv.data(), g.data(), qkv.data(), o.data(),
                                              lse.data(), l.table.data(), l.sequences(), l.heads, n);
+               reference::row_dots(dots.data(), qkv.data(), d_qkv.data(), l.heads, n);
                if (turned)
                  reference::rope(d_qkv.data(), d_qkv.data(), angles.data(), ids.index(), l.heads,
                                  true, n);

@@ -126,11 +126,14 @@ OpCase norm(Index n, Index d, Index rank, bool scaled = false) {
           }};
 }
 
-OpCase norm_backward(Index n, Index d, Index rank, float p) {
+/// Dotted: with the rows' <y, d_y>.
+OpCase norm_backward(Index n, Index d, Index rank, float p, bool dotted = false) {
   constexpr float kScale = 2;
   return {
-      "lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept"), kSummed,
-      static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)), [=](Workbench& w) {
+      "lora_a_rmsnorm_backward " + times({n, d, rank}) + (p > 0 ? "" : " kept") +
+          (dotted ? " dotted" : ""),
+      kSummed, static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank)),
+      [=](Workbench& w) {
         const Dropout drop{p, w.key(), 7, site_ffn};
         Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
               &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
@@ -146,10 +149,20 @@ OpCase norm_backward(Index n, Index d, Index rank, float p) {
         reference::lora_a(ranks.data(), seen.data(), a.data(), double{kScale}, drop, ids.index(), n,
                           d, rank);
         Array& kept = w.numbers({n, rank}, w.act(), ranks);
+        Array* row_dots = nullptr;
+        if (dotted) {
+          std::vector<double> unused(static_cast<std::size_t>(rank * d)), whole = d_y.host, dots;
+          reference::lora_a_backward(unused.data(), whole.data(), d_a.data(), seen.data(), a.data(),
+                                     drop, ids.index(), n, d, rank);
+          for (Index i = 0; i < n; ++i)
+            dots.push_back(reference::dot(seen.data() + i * d, whole.data() + i * d, d));
+          row_dots = &w.numbers({n}, DType::f32, dots);
+        }
         w.run = [=, &w, &x, &a, &scale, &r, &d_a, &d_y, &ids, &y, &room, &d_weight, &d_x, &kept] {
-          w.ops.lora_a_rmsnorm_backward(d_weight.device, d_x.device, d_y.device, d_a.device,
-                                        a.device, kept.device, kScale, drop, ids.device, x.device,
-                                        scale.device, r.device, y.device, room.device);
+          w.ops.lora_a_rmsnorm_backward(
+              d_weight.device, d_x.device, d_y.device, d_a.device, a.device, kept.device, kScale,
+              drop, ids.device, x.device, scale.device, r.device,
+              row_dots ? ConstTensor(row_dots->device) : ConstTensor(), y.device, room.device);
         };
         w.reference = [=, &x, &a, &scale, &r, &d_a, &d_y, &ids, &d_weight, &d_x] {
           std::vector<double> whole = d_y.host;
@@ -209,42 +222,60 @@ OpCase router_forward(Index n, Index d, Index rank, Index experts, float p) {
           }};
 }
 
-/// Both ways back to one norm.
-OpCase router_norm_backward(Index n, Index d, Index rank, Index experts, float p) {
-  return {"lora_a_router_rmsnorm_backward " + times({n, d, rank, experts}) + (p > 0 ? "" : " kept"),
-          kSummed, static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank + experts)),
-          [=](Workbench& w) {
-            const Dropout drop{p, w.key(), 7, site_ffn};
-            Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
-                  &wg = w.input({experts, d}, DType::f32, 0.02),
-                  &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
-                  &d_a = w.input({n, rank}, w.act()), &d_logits = w.input({n, experts}, DType::f32);
-            Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
-                  &room = w.scratch({n, d});
-            Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
-                  &d_wg = w.updated("d_wg", {experts, d}, DType::f32),
-                  &d_x = w.updated("d_x", {n, d}, w.act());
-            w.run = [=, &w, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &y, &room,
-                     &d_weight, &d_wg, &d_x] {
-              w.ops.lora_a_router_rmsnorm_backward(d_weight.device, d_wg.device, d_x.device,
-                                                   d_y.device, d_a.device, d_logits.device,
-                                                   a.device, wg.device, drop, ids.device, x.device,
-                                                   scale.device, r.device, y.device, room.device);
-            };
-            w.reference = [=, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &d_weight,
-                           &d_wg, &d_x] {
-              std::vector<double> seen(static_cast<std::size_t>(n * d)), whole = d_y.host;
-              for (Index i = 0; i < n * d; ++i)
-                seen[static_cast<std::size_t>(i)] =
-                    x.data()[i] * r.data()[i / d] * scale.data()[i % d];
-              reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
-                                         a.data(), drop, ids.index(), n, d, rank);
-              reference::router_backward(d_wg.data(), whole.data(), d_logits.data(), seen.data(),
-                                         wg.data(), n, d, experts);
-              reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(),
-                                          r.data(), n, d);
-            };
-          }};
+/// Both ways back to one norm. Dotted: with the rows' <y, d_y>, the router's share left out.
+OpCase router_norm_backward(Index n, Index d, Index rank, Index experts, float p,
+                            bool dotted = false) {
+  return {
+      "lora_a_router_rmsnorm_backward " + times({n, d, rank, experts}) + (p > 0 ? "" : " kept") +
+          (dotted ? " dotted" : ""),
+      kSummed, static_cast<double>(n * d) * (9 + 4.0 * static_cast<double>(rank + experts)),
+      [=](Workbench& w) {
+        const Dropout drop{p, w.key(), 7, site_ffn};
+        Array &x = w.input({n, d}, w.act()), &a = w.input({rank, d}, w.act(), 0.1),
+              &wg = w.input({experts, d}, DType::f32, 0.02),
+              &scale = w.input({d}, DType::f32, 0.2, 1), &r = w.input({n}, DType::f32, 0.1, 1),
+              &d_a = w.input({n, rank}, w.act()), &d_logits = w.input({n, experts}, DType::f32);
+        Array &d_y = w.input({n, d}, w.act()), &ids = w.row_ids(n), &y = w.scratch({n, d}),
+              &room = w.scratch({n, d});
+        Array &d_weight = w.updated("d_weight", {rank, d}, DType::f32),
+              &d_wg = w.updated("d_wg", {experts, d}, DType::f32),
+              &d_x = w.updated("d_x", {n, d}, w.act());
+        Array *row_dots = nullptr, *logits = nullptr;
+        if (dotted) {
+          std::vector<double> seen(static_cast<std::size_t>(n * d)),
+              whole = d_y.host, dots, unused(static_cast<std::size_t>(rank * d)),
+              chosen(static_cast<std::size_t>(n * experts));
+          for (Index i = 0; i < n * d; ++i)
+            seen[static_cast<std::size_t>(i)] = x.data()[i] * r.data()[i / d] * scale.data()[i % d];
+          reference::lora_a_backward(unused.data(), whole.data(), d_a.data(), seen.data(), a.data(),
+                                     drop, ids.index(), n, d, rank);
+          for (Index i = 0; i < n; ++i)
+            dots.push_back(reference::dot(seen.data() + i * d, whole.data() + i * d, d));
+          reference::router_logits(chosen.data(), seen.data(), wg.data(), n, d, experts);
+          row_dots = &w.numbers({n}, DType::f32, dots);
+          logits = &w.numbers({n, experts}, DType::f32, chosen);
+        }
+        w.run = [=, &w, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &y, &room, &d_weight,
+                 &d_wg, &d_x] {
+          w.ops.lora_a_router_rmsnorm_backward(
+              d_weight.device, d_wg.device, d_x.device, d_y.device, d_a.device, d_logits.device,
+              a.device, wg.device, drop, ids.device, x.device, scale.device, r.device,
+              dotted ? ConstTensor(row_dots->device) : ConstTensor(),
+              dotted ? ConstTensor(logits->device) : ConstTensor(), y.device, room.device);
+        };
+        w.reference = [=, &x, &a, &wg, &scale, &r, &d_a, &d_logits, &d_y, &ids, &d_weight, &d_wg,
+                       &d_x] {
+          std::vector<double> seen(static_cast<std::size_t>(n * d)), whole = d_y.host;
+          for (Index i = 0; i < n * d; ++i)
+            seen[static_cast<std::size_t>(i)] = x.data()[i] * r.data()[i / d] * scale.data()[i % d];
+          reference::lora_a_backward(d_weight.data(), whole.data(), d_a.data(), seen.data(),
+                                     a.data(), drop, ids.index(), n, d, rank);
+          reference::router_backward(d_wg.data(), whole.data(), d_logits.data(), seen.data(),
+                                     wg.data(), n, d, experts);
+          reference::rmsnorm_backward(d_x.data(), whole.data(), x.data(), scale.data(), r.data(), n,
+                                      d);
+        };
+      }};
 }
 
 /// ranks of q, k, v; 0: not adapted. The first `scaled` of them have a scale.
@@ -316,6 +347,10 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(norm_backward(66, 4096, 32, 0.05F));
   t.push_back(norm_backward(21, 320, 64, 0.05F));
   t.push_back(norm_backward(271, 16384, 8, 0.05F));
+  t.push_back(norm_backward(5, 13, 3, 0.3F, true));
+  t.push_back(norm_backward(21, 64, 16, 0, true));
+  t.push_back(norm_backward(131, 576, 48, 0.05F, true));
+  t.push_back(norm_backward(66, 4096, 32, 0.05F, true));
   t.push_back(router_backward(5, 13, 3, 3, 0.3F));
   t.push_back(router_backward(37, 96, 72, 3, 0.1F));
   t.push_back(router_backward(150, 288, 256, 8, 0.05F));
@@ -333,6 +368,10 @@ void add_low_rank_cases(std::vector<OpCase>& t) {
   t.push_back(router_norm_backward(530, 288, 256, 8, 0.05F));
   t.push_back(router_norm_backward(1100, 96, 72, 4, 0.1F));
   t.push_back(router_norm_backward(33, 96, 128, 8, 0));
+  t.push_back(router_norm_backward(5, 13, 3, 3, 0.3F, true));
+  t.push_back(router_norm_backward(37, 96, 72, 4, 0.1F, true));
+  t.push_back(router_norm_backward(530, 1344, 256, 8, 0.05F, true));
+  t.push_back(router_norm_backward(1100, 96, 264, 4, 0.1F, true));
   t.push_back(rope(7, {1, 1, 6}, {3, 2, 0}));
   t.push_back(rope(11, {2, 1, 64}, {8, 0, 8}));
   t.push_back(rope(70, {9, 3, 64}, {16, 16, 16}));

@@ -143,17 +143,19 @@ OpCase backward(const Block& b) {
         const bool weighs = !b.per_slot && (b.routed() || b.rank % 16 != 0);
         Array* d_weight = weighs ? &w.output("d_weight", {n, b.slots}, DType::f32) : nullptr;
         Array* dp = p.a ? &w.output("p", {n, 2 * e * r}, w.act()) : nullptr;
+        Array& dots = w.output("row_dots", {n}, DType::f32);
+        dots.compared = false;  // unless they are left
         Array *gb = grad("d_gate_b", p.gate_b), *ub = grad("d_up_b", p.up_b),
               *da = grad("d_down_a", p.down_a);
         Array *gs = grad("d_gate_scale", p.gate_scale), *us = grad("d_up_scale", p.up_scale);
-        w.run = [=, &w, &g, &d_gate_up] {
+        w.run = [=, &w, &g, &d_gate_up, &dots] {
           const auto t = [](const Array* x) { return x ? x->device : Tensor(); };
-          w.ops.mixture_backward(d_gate_up.device, t(d_weight), t(dp),
-                                 {t(gb), t(ub), t(da), t(gs), t(us)}, g.device, device(q),
-                                 device(z), on_device(p, b));
+          dots.compared = w.ops.mixture_backward(d_gate_up.device, t(d_weight), t(dp), dots.device,
+                                                 {t(gb), t(ub), t(da), t(gs), t(us)}, g.device,
+                                                 device(q), device(z), on_device(p, b));
         };
-        w.reference = [=, &g, &d_gate_up] {
-          reference::mixture_backward(d_gate_up.data(), host(d_weight), host(dp),
+        w.reference = [=, &g, &d_gate_up, &dots] {
+          reference::mixture_backward(d_gate_up.data(), host(d_weight), host(dp), dots.data(),
                                       {host(gb), host(ub), host(da), host(gs), host(us)}, g.data(),
                                       host(q), host(z), on_host(p, b));
         };

@@ -78,8 +78,9 @@ class CpuBackend final : public Backend {
   void router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits, ConstTensor x,
                        ConstTensor wg) override;
   void mixture(Tensor out, Tensor z, const Mixture& m) override;
-  void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
-                        ConstTensor d_out, ConstTensor q, ConstTensor z, const Mixture& m) override;
+  bool mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor row_dots,
+                        const MixtureGrads& grads, ConstTensor d_out, ConstTensor q, ConstTensor z,
+                        const Mixture& m) override;
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override;
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override;
   void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale, ConstTensor d_y,

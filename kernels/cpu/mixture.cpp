@@ -238,7 +238,7 @@ void CpuBackend::mixture(Tensor out, Tensor z, const Mixture& m) {
   }
 }
 
-void CpuBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
+bool CpuBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor /*row_dots*/,
                                   const MixtureGrads& grads, ConstTensor d_out, ConstTensor q,
                                   ConstTensor z, const Mixture& m) {
   const std::int64_t n = m.gate_up.rows(), f = m.gate_up.cols() / 2, rank = m.slots.rank;
@@ -357,6 +357,7 @@ void CpuBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
       }
     });
   }
+  return false;
 }
 
 }  // namespace mixlora

@@ -639,6 +639,7 @@ template <class T> AttentionCall<T> call_of(ConstTensor qkv, const Sequences& s,
     throw std::logic_error("attention: the rows are not (H + 2 Hkv) D wide, or D is over 256");
   AttentionCall<T> c{};
   c.qkv = data<T>(qkv);
+  c.rows = qkv.rows();
   c.table = data<std::int32_t>(s.table);
   c.sequences = static_cast<int>(s.count);
   c.heads = static_cast<int>(h.heads);
@@ -675,7 +676,7 @@ bool by_warpgroups([[maybe_unused]] int device, [[maybe_unused]] ConstTensor qkv
 #endif
 }
 
-constexpr Index kMostScaleSums = Index{16} << 20;  // numbers: many short sequences leave more
+constexpr Index kMostSums = Index{16} << 20;  // numbers: many short sequences leave more
 
 template <class F> bool with_head(DType type, std::int64_t head_dim, F&& f) {
   if (type != DType::bf16) return false;
@@ -726,14 +727,14 @@ void CudaBackend::attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequenc
 
 void CudaBackend::attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                                      ConstTensor lse, const Sequences& s, Heads heads) {
-  attention_rope_backward(d_qkv, d_o, qkv, o, lse, s, {}, {}, heads, {});
+  attention_rope_backward(d_qkv, {}, d_o, qkv, o, lse, s, {}, {}, heads, {});
 }
 
-void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv,
-                                          ConstTensor o, ConstTensor lse, const Sequences& s,
-                                          ConstTensor table, RowIds ids, Heads heads,
-                                          const QkvScale& scale) {
-  if (s.count == 0 || s.max_length == 0) return;
+bool CudaBackend::attention_rope_backward(Tensor d_qkv, [[maybe_unused]] Tensor row_dots,
+                                          ConstTensor d_o, ConstTensor qkv, ConstTensor o,
+                                          ConstTensor lse, const Sequences& s, ConstTensor table,
+                                          RowIds ids, Heads heads, const QkvScale& scale) {
+  if (s.count == 0 || s.max_length == 0) return false;
   if (!d_qkv.contiguous() || !d_o.contiguous() || !o.contiguous())
     throw std::logic_error("attention_backward: a strided view");
   const Index count = qkv.rows() * heads.heads;
@@ -752,7 +753,7 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
     c.lse = const_cast<float*>(data<float>(lse));  // NOLINT: read only in backward
     c.mean = r.take<float>(count);
   };
-  bool scaled = false;  // by the kernels of attention
+  bool scaled = false, left = false;  // by the kernels of attention; row_dots
   const bool fast = with_head(qkv.dtype, heads.head_dim, [&](auto d) {
     auto c = call_of<Number>(qkv, s, heads);
     fill(c);
@@ -766,11 +767,17 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
 #ifdef MIXLORA_WARPGROUPS
     if (by_warpgroups(device_, qkv, s, heads)) {
       const Index sums = scale_part(s.count, qkv.rows()) * qkv.cols();
-      scaled = scale.scale && sums <= kMostScaleSums;
+      scaled = scale.scale && sums <= kMostSums;
       if (scaled) {
         c.scale = data<float>(scale.scale);
         c.d_scale = data<float>(scale.d_scale);
         c.scale_sums = r.take<float>(sums);
+      }
+      const Index dots = c.rows * (heads.heads + heads.kv_heads);
+      left = row_dots && row_dots.contiguous() && dots <= kMostSums / 4;
+      if (left) {
+        c.row_dots = data<float>(row_dots);
+        c.dot_parts = r.take<float>(dots);
       }
       return warpgroup_backward(c, qkv.rows(), s.max_length, processors_, stream_);
     }
@@ -804,6 +811,7 @@ void CudaBackend::attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTe
   if (!fast && table) rope(d_qkv, d_qkv, table, ids, heads, true);
   if (scale.scale && !scaled)
     scale_rope_backward(d_qkv, scale.d_scale, d_qkv, qkv, scale.scale, table, ids, heads);
+  return left;
 }
 
 }  // namespace mixlora

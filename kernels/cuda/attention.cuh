@@ -14,15 +14,19 @@ template <class T> struct AttentionCall {
   const std::int32_t* ids;
   const std::int32_t* table;
   int sequences, heads, kv_heads, head_dim;
+  Index rows;  // N
   bool prefixes;
   float root;          // 1 / sqrt(D)
   const float* scale;  // (width): q, k, v were scaled by it before rope; or null
   float* d_scale;      // (width), added to
+  float* row_dots;     // (N): <q, d_q> + <k, d_k> + <v, d_v>; or null
+  float* dot_parts;    // (H + Hkv, N): of each query head, of each key head with its values
   float* scale_sums;  // (parts, width): d_scale scale of 64 rows of a sequence each; see scale_part
 
   __host__ __device__ Index width() const {
     return static_cast<Index>(heads + 2 * kv_heads) * head_dim;
   }
+  __device__ float& dot_part(Index n, int part) const { return dot_parts[part * rows + n]; }
   __device__ int kv_of(int head) const { return head / (heads / kv_heads); }
   __device__ const T* query(Index n, int head) const { return qkv + n * width() + head * head_dim; }
   __device__ const T* key(Index n, int kv) const { return query(n, heads + kv); }

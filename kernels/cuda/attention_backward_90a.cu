@@ -182,6 +182,38 @@ __device__ void turn_out(const AttentionCall<Number>& m, const Walk& w, const Po
   }
 }
 
+/// Dots of rows g and g + 8 of a warp's sixteen with x, which is in its tile.
+__device__ inline void add_dots(float (&dots)[2], const std::byte* tile, int group,
+                                const float (&d_x)[16][4], float by) {
+  const int lane = lane_now(), row = warp_row(group) + lane % 16;
+  float sum[2] = {};
+#pragma unroll
+  for (int n = 0; n < 16; n += 2) {
+    unsigned x[4];
+    read_matrices(x, shared_address(tile + place_in_tile(kBlockRows, row, n + lane / 16)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* d = d_x[n + i / 2] + 2 * (i % 2);
+      sum[i % 2] += d[0] * low(x[i]) + d[1] * high(x[i]);
+    }
+    if (n % 8 == 6) __syncwarp();  // or all is loaded at once, into registers that are not there
+  }
+  dots[0] += by * sum[0];
+  dots[1] += by * sum[1];
+}
+/// What the lanes of four have of them, added up and left.
+__device__ inline void leave_dots(const AttentionCall<Number>& m, const Walk& w, int group,
+                                  int part, float (&dots)[2]) {
+  const int lane = lane_now();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    dots[h] += __shfl_xor_sync(kAll, dots[h], 1);
+    dots[h] += __shfl_xor_sync(kAll, dots[h], 2);
+    const int at = w.first() + warp_row(group) + lane / 4 + 8 * h;
+    if (lane % 4 == 0 && at < w.s.length) m.dot_part(w.s.begin + at, part) = dots[h];
+  }
+}
+
 /// Scales d_v in its registers, and sums its products with v, in its tile, over the warp's rows.
 struct ValueSums {
   float sums[16 * 2] = {};  // in the end four columns' of the lane
@@ -369,6 +401,11 @@ __device__ void multiply_for_queries(QueryRoom& room, const AttentionCall<Number
     changed(d_q);
     warp_arrives(&room.met_free[before]);
     for (int t = last + 1; t < count; ++t) pass(room, met);
+    if (m.row_dots != nullptr) {
+      float dots[2] = {};
+      add_dots(dots, room.queries[own.stage], group, d_q, m.root);
+      leave_dots(m, w, group, w.head, dots);
+    }
 
     meet_group(1 + group);  // the group's rows are read: d_q goes out through them
     const WideRows wide{room.queries[own.stage], room.d_out[own.stage]};
@@ -584,6 +621,12 @@ __device__ void multiply_for_keys(KeyRoom& room, const AttentionCall<Number>& m,
       changed(d_v);
       warp_arrives(&room.met_free[before]);
     }
+    if (m.row_dots != nullptr) {
+      float dots[2] = {};
+      add_dots(dots, room.values[own.stage], group, d_v, 1);
+      add_dots(dots, room.keys[own.stage], group, d_k, m.root);
+      leave_dots(m, w, group, m.heads + w.head, dots);
+    }
 
     meet_group(1 + group);  // the group's keys and values are read: the results go out there
     const WideRows wide{room.keys[own.stage], room.values[own.stage]};
@@ -667,6 +710,25 @@ __global__ void __launch_bounds__(kSumWarps* kWarp)
   m.d_scale[column] += sum / m.scale[column];
 }
 
+/// row_dots of 32 rows: warp w adds the parts w, w + 8, ..., then the warps' sums are added one
+/// after another.
+__global__ void __launch_bounds__(kSumWarps* kWarp)
+    add_dot_parts(const __grid_constant__ AttentionCall<Number> m) {
+  __shared__ float sums[kSumWarps][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp,
+            warp = static_cast<int>(threadIdx.x) / kWarp;
+  const Index row = static_cast<Index>(blockIdx.x) * kWarp + lane;
+  float sum = 0;
+#pragma unroll 8
+  for (int part = warp; part < m.heads + m.kv_heads; part += kSumWarps)
+    if (row < m.rows) sum += m.dot_part(row, part);
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || row >= m.rows) return;
+  for (int w = 1; w < kSumWarps; ++w) sum += sums[w][lane];
+  m.row_dots[row] = sum;
+}
+
 template <bool Scaled>
 void launch_both(const AttentionCall<Number>& c, Index rows, Index max_length, int processors,
                  cudaStream_t stream) {
@@ -684,9 +746,15 @@ void launch_both(const AttentionCall<Number>& c, Index rows, Index max_length, i
 
 void warpgroup_backward(const AttentionCall<Number>& c, Index rows, Index max_length,
                         int processors, cudaStream_t stream) {
-  if (c.scale == nullptr) return launch_both<false>(c, rows, max_length, processors, stream);
-  launch_both<true>(c, rows, max_length, processors, stream);
-  add_scale_sums<<<static_cast<unsigned>(c.width() / kWarp), kSumWarps * kWarp, 0, stream>>>(c);
+  if (c.scale == nullptr)
+    launch_both<false>(c, rows, max_length, processors, stream);
+  else
+    launch_both<true>(c, rows, max_length, processors, stream);
+  if (c.row_dots != nullptr)
+    add_dot_parts<<<static_cast<unsigned>(ceil_div<Index>(c.rows, kWarp)), kSumWarps * kWarp, 0,
+                    stream>>>(c);
+  if (c.scale != nullptr)
+    add_scale_sums<<<static_cast<unsigned>(c.width() / kWarp), kSumWarps * kWarp, 0, stream>>>(c);
 }
 
 }  // namespace mixlora::cuda

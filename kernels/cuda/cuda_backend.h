@@ -64,8 +64,8 @@ class CudaBackend final : public Backend {
                        Tensor room_for_rows) override;
   void lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                ConstTensor weight, ConstTensor a, float s, const Dropout& d,
-                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r, Tensor y,
-                               Tensor room_for_rows) override;
+                               RowIds ids, ConstTensor x, ConstTensor w, ConstTensor r,
+                               ConstTensor row_dots, Tensor y, Tensor room_for_rows) override;
   void lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                               ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                               ConstTensor wg, const Dropout& d, RowIds ids, Tensor room) override;
@@ -74,7 +74,8 @@ class CudaBackend final : public Backend {
   void lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y,
                                       ConstTensor d_a, ConstTensor d_logits, ConstTensor weight,
                                       ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor x,
-                                      ConstTensor w, ConstTensor r, Tensor y, Tensor room) override;
+                                      ConstTensor w, ConstTensor r, ConstTensor row_dots,
+                                      ConstTensor logits, Tensor y, Tensor room) override;
   void lora_b_backward(std::span<const LowRankBackward> all, float s) override;
   void add_lora_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                         const LowRank& update, ConstTensor w, float eps) override;
@@ -96,9 +97,10 @@ class CudaBackend final : public Backend {
   void attention(Tensor o, Tensor lse, ConstTensor qkv, const Sequences& s, Heads heads) override;
   void attention_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
                           ConstTensor lse, const Sequences& s, Heads heads) override;
-  void attention_rope_backward(Tensor d_qkv, ConstTensor d_o, ConstTensor qkv, ConstTensor o,
-                               ConstTensor lse, const Sequences& s, ConstTensor table, RowIds ids,
-                               Heads heads, const QkvScale& scale) override;
+  bool attention_rope_backward(Tensor d_qkv, Tensor row_dots, ConstTensor d_o, ConstTensor qkv,
+                               ConstTensor o, ConstTensor lse, const Sequences& s,
+                               ConstTensor table, RowIds ids, Heads heads,
+                               const QkvScale& scale) override;
   void router_logits(Tensor logits, ConstTensor x, ConstTensor wg) override;
   void route(Slots& slots, Tensor probabilities, Tensor stats, ConstTensor logits,
              const Router& router, const Sequences& s) override;
@@ -111,8 +113,9 @@ class CudaBackend final : public Backend {
   void router_backward(Tensor d_wg, Tensor d_x, ConstTensor d_logits, ConstTensor x,
                        ConstTensor wg) override;
   void mixture(Tensor out, Tensor z, const Mixture& m) override;
-  void mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, const MixtureGrads& grads,
-                        ConstTensor d_out, ConstTensor q, ConstTensor z, const Mixture& m) override;
+  bool mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor row_dots,
+                        const MixtureGrads& grads, ConstTensor d_out, ConstTensor q, ConstTensor z,
+                        const Mixture& m) override;
   void slots_to_columns(Tensor columns, ConstTensor z, const Slots& slots, bool per_slot) override;
   void add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta, ConstTensor z,
                          ConstTensor b, const Slots& s, ConstTensor w, float eps,
@@ -153,10 +156,12 @@ class CudaBackend final : public Backend {
     std::byte *at_, *end_;
   };
   Room room() const;
-  /// lora_a_router_backward, x by a norm where w and r are there; false when other kernels must.
+  /// lora_a_router_backward, x by a norm where w and r are there; the norm's backward with it where
+  /// d_input, its d_x, is. False when other kernels must.
   bool with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a, ConstTensor d_logits,
                    ConstTensor x, ConstTensor weight, ConstTensor wg, const Dropout& d, RowIds ids,
-                   ConstTensor w, ConstTensor r);
+                   ConstTensor w, ConstTensor r, Tensor d_input, ConstTensor row_dots,
+                   ConstTensor logits);
   /// d_wg += d_logits^T x, router_backward's other half.
   void router_weight_backward(Tensor d_wg, ConstTensor d_logits, ConstTensor x);
   /// add_slots_rmsnorm where there is a delta, combine_slots_rmsnorm where there is a core.

@@ -443,6 +443,7 @@ template <class Room>
 void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
                    [[maybe_unused]] int processors, [[maybe_unused]] Tensor d_weight,
                    [[maybe_unused]] float keep, [[maybe_unused]] const cuda::Routed& router,
+                   [[maybe_unused]] const cuda::ThroughNorm& norm,
                    [[maybe_unused]] cudaStream_t stream) {
 #ifdef MIXLORA_WARPGROUPS
   const int splits = parts_of(m, m.cols, m.rows, processors);
@@ -456,7 +457,7 @@ void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
   const int blocks = ceil_div(m.rows, cuda::kDroppedTile),
             least = ceil_div(m.cols, cuda::kMostInputColumns);
   cuda::warpgroup_input(
-      m, router, keep,
+      m, router, norm, keep,
       std::max(least, splits_of(blocks, processors, m.cols / cuda::kWarpgroupStep, kLeastSteps)),
       stream);
 #endif
@@ -520,7 +521,7 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
   const float keep = dropout_scale(d.p);
   Room space = room();
   if (!few(m.rank))
-    many_backward(m, space, processors_, d_weight, keep, {}, stream_);
+    many_backward(m, space, processors_, d_weight, keep, {}, {}, stream_);
   else if (d_x)
     few_backward(m, space, d_weight, keep, stream_);
   else
@@ -531,29 +532,31 @@ void CudaBackend::lora_a_router_backward(Tensor d_weight, Tensor d_wg, Tensor d_
                                          ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                                          ConstTensor wg, const Dropout& d, RowIds ids,
                                          Tensor room_for_rows) {
-  if (!with_router(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids, {}, {}))
+  if (!with_router(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids, {}, {}, {}, {}, {}))
     Backend::lora_a_router_backward(d_weight, d_wg, d_x, d_a, d_logits, x, weight, wg, d, ids,
                                     room_for_rows);
 }
 
-void CudaBackend::lora_a_router_rmsnorm_backward(Tensor d_weight, Tensor d_wg, Tensor d_x,
-                                                 Tensor d_y, ConstTensor d_a, ConstTensor d_logits,
-                                                 ConstTensor weight, ConstTensor wg,
-                                                 const Dropout& d, RowIds ids, ConstTensor x,
-                                                 ConstTensor w, ConstTensor r, Tensor y,
-                                                 Tensor room_for_rows) {
-  if (cuda::by_eights(w) && r.contiguous() &&
-      with_router(d_weight, d_wg, d_y, d_a, d_logits, x, weight, wg, d, ids, w, r))
-    rmsnorm_backward(d_x, d_y, x, w, r);
-  else
+void CudaBackend::lora_a_router_rmsnorm_backward(
+    Tensor d_weight, Tensor d_wg, Tensor d_x, Tensor d_y, ConstTensor d_a, ConstTensor d_logits,
+    ConstTensor weight, ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor x, ConstTensor w,
+    ConstTensor r, ConstTensor row_dots, ConstTensor logits, Tensor y, Tensor room_for_rows) {
+  const bool joined = row_dots && row_dots.contiguous() && logits && logits.contiguous() &&
+                      weight.rows() <= cuda::kInputRanks && by_sixteen_bytes(d_x);
+  if (!cuda::by_eights(w) || !r.contiguous() ||
+      !with_router(d_weight, d_wg, d_y, d_a, d_logits, x, weight, wg, d, ids, w, r,
+                   joined ? d_x : Tensor(), row_dots, logits))
     Backend::lora_a_router_rmsnorm_backward(d_weight, d_wg, d_x, d_y, d_a, d_logits, weight, wg, d,
-                                            ids, x, w, r, y, room_for_rows);
+                                            ids, x, w, r, row_dots, logits, y, room_for_rows);
+  else if (!joined)
+    rmsnorm_backward(d_x, d_y, x, w, r);
 }
 
 bool CudaBackend::with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a,
                               ConstTensor d_logits, ConstTensor x, ConstTensor weight,
                               ConstTensor wg, const Dropout& d, RowIds ids, ConstTensor w,
-                              ConstTensor r) {
+                              ConstTensor r, Tensor d_input, ConstTensor row_dots,
+                              ConstTensor logits) {
   if (x.rows() == 0) return true;
   if (few(weight.rows()) || !takes_router(wg) || !d_wg.contiguous() || !d_logits.contiguous() ||
       reinterpret_cast<std::uintptr_t>(d_logits.data) % 16 != 0 || !d_x ||
@@ -566,6 +569,8 @@ bool CudaBackend::with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTen
   many_backward(m, room(), processors_, d_weight, dropout_scale(d.p),
                 {nullptr, cuda::data<float>(d_logits), cuda::data<float>(wg),
                  cuda::data<float>(d_wg), 0, wg.stride, static_cast<int>(wg.rows())},
+                {cuda::data<Number>(d_input), d_input.stride, cuda::data<float>(row_dots),
+                 cuda::data<float>(logits)},
                 stream_);
   return true;
 }
@@ -573,13 +578,14 @@ bool CudaBackend::with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTen
 void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_y, ConstTensor d_a,
                                           ConstTensor weight, ConstTensor a, float s,
                                           const Dropout& d, RowIds ids, ConstTensor x,
-                                          ConstTensor w, ConstTensor r, Tensor y,
-                                          Tensor room_for_rows) {
+                                          ConstTensor w, ConstTensor r, ConstTensor row_dots,
+                                          Tensor y, Tensor room_for_rows) {
   if (x.rows() == 0) return;
   if (!few(weight.rows()) || !takes_backward(device_, d_weight, d_x, d_a, x, weight, d) ||
-      !by_sixteen_bytes(d_y) || !by_sixteen_bytes(a) || !cuda::by_eights(w) || !r.contiguous())
+      !by_sixteen_bytes(d_y) || !by_sixteen_bytes(a) || !cuda::by_eights(w) || !r.contiguous() ||
+      (row_dots && !row_dots.contiguous()))
     return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r,
-                                            y, room_for_rows);
+                                            row_dots, y, room_for_rows);
   Room space = room();
   Call m = call_of(x, weight, d, ids);
   m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
@@ -591,7 +597,7 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
   cuda::norm_backward(m,
                       {cuda::data<Number>(ConstTensor(d_y)), cuda::data<Number>(a), d_y.stride,
                        a.stride, cuda::data<float>(w), cuda::data<float>(r), s == 0 ? 0 : 1 / s,
-                       keep, space.take<float2>(cuda::norm_rows(m.rows))},
+                       keep, cuda::data<float>(row_dots), space.take<float>(m.rows)},
                       splits, stream_);
   add_weight(m, splits, d_weight, keep, nullptr, stream_);
 }

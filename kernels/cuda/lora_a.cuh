@@ -104,13 +104,13 @@ struct BehindNorm {
   Index stride_d_y, stride_a;
   const float *w, *r;
   float inverse_s, keep;
-  float2* rows;  // room for norm_rows(rows) numbers
+  const float* dots;  // <y, d> of each row, d with what A sends back; null: made of a and d_a
+  float* room;        // then for as many
 };
 /// Of up to kRankChunks sixteens of ranks: d_x and d_weight's parts; see lora_norm_backward.cu. One
 /// block runs at a time on a processor.
 constexpr int kNormGroups = 3, kNormStep = kNormGroups * kRows;
-Index norm_rows(int rows);
-void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStream_t stream);
+void norm_backward(const DroppedA& m, BehindNorm n, int splits, cudaStream_t stream);
 /// Draws m.masks, which warpgroup_weight and warpgroup_input take.
 void draw_masks(const DroppedA& m, cudaStream_t stream);
 
@@ -135,8 +135,17 @@ struct Routed {
 void warpgroup_forward(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream);
 /// Parts of d_a^T x~ into m.sums, of d_logits^T x behind the ranks; x by a norm or not.
 void warpgroup_weight(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream);
-/// d_x += keep mask (d_a A) + d_logits Wg; a block has at most kMostInputColumns columns.
-constexpr int kMostInputColumns = 1024;
-void warpgroup_input(DroppedA m, Routed router, float keep, int splits, cudaStream_t stream);
+/// d_x += keep mask (d_a A) + d_logits Wg; a block has at most kMostInputColumns columns. With a
+/// norm before, whose input, w and r m has, m.d_x is read alone, and what the norm makes of the sum
+/// is added to `d_input`; `dots` are <y, sum> of each row without the router's share, which its
+/// logits (rows, E) give. At most kInputRanks ranks then.
+struct ThroughNorm {
+  Number* d_input;  // null: no norm
+  Index stride;
+  const float *dots, *logits;
+};
+constexpr int kMostInputColumns = 1024, kInputRanks = 256;
+void warpgroup_input(DroppedA m, Routed router, const ThroughNorm& norm, float keep, int splits,
+                     cudaStream_t stream);
 
 }  // namespace mixlora::cuda

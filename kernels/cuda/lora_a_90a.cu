@@ -7,6 +7,7 @@
 // step, each warp draws and drops its own sixteen rows (columns) of the next. Sums are left in
 // parts, as lora_a.cuh says.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/lora_a.cuh"
 #include "kernels/cuda/warpgroup.cuh"
@@ -380,32 +381,35 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- d_a A ---------------------------------------------------------------------------------
 
-constexpr int kInputRanks = 256;  // of one launch
-constexpr int kFactorStages = 3, kInputStages = 5;
 /// Bytes from one pair of experts' columns of Wg to the next's: 64 bits of each of 1024 columns.
 constexpr int kPairStride = 8 * kMostInputColumns + 64;
 
-template <int Halves> struct InputRoom {
-  static constexpr int kFactor = 2 * Halves * kBox, kOld = kFactorStages * kFactor,
-                       kRouter = kOld + kInputStages * kGroups * kBox,
-                       kBarriers = kRouter + 4 * kPairStride,
-                       kBytes = kBarriers + 2 * (kFactorStages + kInputStages) *
-                                                static_cast<int>(sizeof(Barrier));
-};
 struct InputBarriers {
-  Barrier factor[kFactorStages], factor_free[kFactorStages], old[kInputStages],
-      old_free[kInputStages];
+  Barrier factor[3], factor_free[3], old[8], old_free[8];
+};
+/// A's columns of some steps, then tiles, the groups' boxes each: of d_x, or with a norm of d_y, x
+/// and d_x.
+template <int Halves, bool Norm> struct InputRoom {
+  static constexpr int kFactorStages = Norm ? 2 : 3, kTiles = Norm ? 8 : 5, kOfStep = Norm ? 3 : 1;
+  static constexpr int kFactor = 2 * Halves * kBox, kOld = kFactorStages * kFactor,
+                       kRouter = kOld + kTiles * kGroups * kBox,
+                       kBarriers = kRouter + 4 * kPairStride,
+                       kBytes = kBarriers + static_cast<int>(sizeof(InputBarriers));
 };
 
 /// grid (rows / 128, splits): d_x += keep mask (d_a A), and d_logits Wg with a router, 64 columns a
-/// step. d_a stays in registers; d_x's numbers come and go by the copy engine.
-template <int Halves>
+/// step. d_a stays in registers; d_x's numbers come and go by the copy engine. Norm: the sum, of
+/// d_y, goes through the norm on its way into d_x.
+template <int Halves, bool Norm>
 __global__ void __launch_bounds__(kThreads, 1)
     warpgroup_input_a(const __grid_constant__ CUtensorMap weight,
-                      const __grid_constant__ CUtensorMap d_x, const __grid_constant__ DroppedA m,
-                      const __grid_constant__ Routed router, float keep) {
+                      const __grid_constant__ CUtensorMap d_x,
+                      const __grid_constant__ CUtensorMap d_y,
+                      const __grid_constant__ CUtensorMap x, const __grid_constant__ DroppedA m,
+                      const __grid_constant__ Routed router,
+                      const __grid_constant__ ThroughNorm norm, float keep) {
   extern __shared__ __align__(1024) std::byte shared[];
-  using R = InputRoom<Halves>;
+  using R = InputRoom<Halves, Norm>;
   auto& b = *reinterpret_cast<InputBarriers*>(shared + R::kBarriers);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
             group = thread / kGroup, g = lane / 4, q = lane % 4;
@@ -415,11 +419,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             end = steps * (split + 1) / splits;
   const std::uint32_t base = shared_address(shared);
   if (thread == 0) {
-    for (int i = 0; i < kFactorStages; ++i) {
+    for (int i = 0; i < R::kFactorStages; ++i) {
       barrier_init(&b.factor[i], 1);
       barrier_init(&b.factor_free[i], kUserWarps);
     }
-    for (int i = 0; i < kInputStages; ++i) {
+    for (int i = 0; i < R::kTiles; ++i) {
       barrier_init(&b.old[i], 1);
       barrier_init(&b.old_free[i], kGroups);
     }
@@ -430,16 +434,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == kGroups) {
     give_registers<kFetchRegisters>();
     if (thread != kUsers) return;
-    Turn<kFactorStages> factor;
-    Turn<kInputStages> old;
-    for (int step = begin; step < end; ++step, factor.next(), old.next()) {
+    Turn<R::kFactorStages> factor;
+    Turn<R::kTiles> old;
+    for (int step = begin; step < end; ++step, factor.next()) {
       const int col = step * kStep;
-      wait(&b.old_free[old.stage], old.parity ^ 1);
-      arrive_expecting(&b.old[old.stage], kGroups * kBox);
+      const auto fetch = [&](const CUtensorMap& from) {
+        wait(&b.old_free[old.stage], old.parity ^ 1);
+        arrive_expecting(&b.old[old.stage], kGroups * kBox);
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i)
-        fetch_box(base + R::kOld + (old.stage * kGroups + i) * kBox, d_x, col, row0 + 64 * i,
-                  &b.old[old.stage]);
+        for (int i = 0; i < kGroups; ++i)
+          fetch_box(base + R::kOld + (old.stage * kGroups + i) * kBox, from, col, row0 + 64 * i,
+                    &b.old[old.stage]);
+        old.next();
+      };
+      if constexpr (Norm) {
+        fetch(d_y);
+        fetch(x);
+      }
+      fetch(d_x);
       wait(&b.factor_free[factor.stage], factor.parity ^ 1);
       arrive_expecting(&b.factor[factor.stage], R::kFactor);
 #pragma unroll
@@ -489,6 +501,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       d_logits[h] = in_two(of(2 * q), of(2 * q + 1));
     }
+  float inverse[2], k_of[2];
+  if constexpr (Norm)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      inverse[h] = m.norm_r[rows[h]];
+      float dot = 0;
+      for (int e = 2 * q; routed && e < min(2 * q + 2, router.experts); ++e) {
+        const Index at = static_cast<Index>(rows[h]) * router.experts + e;
+        dot += norm.logits[at] * router.d_logits[at];
+      }
+      dot += __shfl_xor_sync(kAll, dot, 1);
+      dot += __shfl_xor_sync(kAll, dot, 2);
+      k_of[h] = inverse[h] * inverse[h] * (norm.dots[rows[h]] + dot) / static_cast<float>(m.cols);
+    }
   unsigned next[2][2];  // masks of the next step's columns by 32
   const auto take_masks = [&](int step) {
 #pragma unroll
@@ -503,8 +529,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   meet_users();
 
-  Turn<kFactorStages> factor;
-  Turn<kInputStages> old;
+  Turn<R::kFactorStages> factor;
+  Turn<R::kTiles> old;
+  int before = 0;  // the tile that went out last
   for (int step = begin; step < end; ++step) {
     float sums[8][4];
     const std::uint32_t at = base + static_cast<std::uint32_t>(factor.stage * R::kFactor);
@@ -521,6 +548,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 2; ++i) masks[h][i] = next[h][i] >> (2 * q);
     take_masks(step + 1);
+    float2 w[Norm ? 8 : 1];
+    if constexpr (Norm)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        w[j] = __ldg(reinterpret_cast<const float2*>(
+            m.norm_w + min(step * kStep + 8 * j + 2 * q, m.cols - 2)));
     products_wait<0>();
     changed(sums);
     warp_arrives(&b.factor_free[factor.stage]);
@@ -545,24 +578,45 @@ __global__ void __launch_bounds__(kThreads, 1)
         mma(sums[j], d_logits[0].x, d_logits[1].x, 0, 0, w.y, 0);
       }
     }
-    wait(&b.old[old.stage], old.parity);
-    const int box = R::kOld + (old.stage * kGroups + group) * kBox;
+    int tiles[R::kOfStep], boxes[R::kOfStep];
+#pragma unroll
+    for (int i = 0; i < R::kOfStep; ++i) {
+      tiles[i] = old.stage;
+      boxes[i] = R::kOld + (old.stage * kGroups + group) * kBox;
+      wait(&b.old[old.stage], old.parity);
+      old.next();
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        auto* pair =
-            reinterpret_cast<unsigned*>(shared + box + place(warp % 4 * 16 + g + 8 * h, j) + 4 * q);
-        *pair = pack2(low(*pair) + sums[j][2 * h], high(*pair) + sums[j][2 * h + 1]);
+        const auto at = [&](int i) {
+          return reinterpret_cast<unsigned*>(shared + boxes[i] +
+                                             place(warp % 4 * 16 + g + 8 * h, j) + 4 * q);
+        };
+        unsigned& pair = *at(0);
+        const float sum[2] = {low(pair) + sums[j][2 * h], high(pair) + sums[j][2 * h + 1]};
+        if constexpr (Norm) {
+          const unsigned from = *at(1);
+          unsigned& to = *at(2);
+          to = pack2(low(to) + inverse[h] * (w[j].x * sum[0]) - low(from) * k_of[h],
+                     high(to) + inverse[h] * (w[j].y * sum[1]) - high(from) * k_of[h]);
+        } else {
+          pair = pack2(sum[0], sum[1]);
+        }
       }
     fence_to_engines();
     meet_group(1 + group);
     if (thread % kGroup == 0) {
-      store_box(d_x, base + static_cast<std::uint32_t>(box), step * kStep, row0 + 64 * group);
+      constexpr int kOut = R::kOfStep - 1;
+#pragma unroll
+      for (int i = 0; i < kOut; ++i) arrive(&b.old_free[tiles[i]]);
+      store_box(d_x, base + static_cast<std::uint32_t>(boxes[kOut]), step * kStep,
+                row0 + 64 * group);
       stores_read<1>();
-      if (step > begin) arrive(&b.old_free[old.stage == 0 ? kInputStages - 1 : old.stage - 1]);
+      if (step > begin) arrive(&b.old_free[before]);
+      before = tiles[kOut];
     }
-    old.next();
   }
   if (thread % kGroup == 0) stores_written();
 }
@@ -607,19 +661,29 @@ void warpgroup_weight(const DroppedA& m, const Routed& router, int splits, cudaS
   else
     run(warpgroup_weight_a<1>, Ring<1>::kBytes);
 }
-void warpgroup_input(DroppedA m, Routed router, float keep, int splits, cudaStream_t stream) {
+void warpgroup_input(DroppedA m, Routed router, const ThroughNorm& norm, float keep, int splits,
+                     cudaStream_t stream) {
   const auto run = [&](auto kernel, int bytes) {
+    const CUtensorMap own = map_of_rows(m.d_x, m.rows, m.cols, m.stride_d_x);
+    const bool through = norm.d_input != nullptr;
     launch(kernel,
            dim3(static_cast<unsigned>(ceil_div(m.rows, kTile)), static_cast<unsigned>(splits)),
            bytes, stream, "lora_a_backward", map_of_rows(m.weight, m.rank, m.cols, m.cols),
-           map_of_rows(m.d_x, m.rows, m.cols, m.stride_d_x), m, router, keep);
+           through ? map_of_rows(norm.d_input, m.rows, m.cols, norm.stride) : own, own,
+           through ? map_of_rows(m.x, m.rows, m.cols, m.stride_x) : own, m, router, norm, keep);
+  };
+  const auto run_of = [&](auto halves) {
+    if (norm.d_input != nullptr)
+      run(warpgroup_input_a<halves(), true>, InputRoom<halves(), true>::kBytes);
+    else
+      run(warpgroup_input_a<halves(), false>, InputRoom<halves(), false>::kBytes);
   };
   for (int left = m.rank; left > 0; left -= m.rank) {
     m.rank = std::min(left, kInputRanks);
     if (m.rank > kInputRanks / 2)
-      run(warpgroup_input_a<2>, InputRoom<2>::kBytes);
+      run_of(std::integral_constant<int, 2>{});
     else
-      run(warpgroup_input_a<1>, InputRoom<1>::kBytes);
+      run_of(std::integral_constant<int, 1>{});
     router = {};
     m.weight += static_cast<Index>(m.rank) * m.cols;
     m.d_a += m.rank;

@@ -1,9 +1,9 @@
 // RMSNorm's backward with A behind it, by columns: d_weight and d_x in one pass over x, d_y and
 // d_x, with masks drawn once.
 //
-// The norm needs a row's <y, d_y + drop(d_a A)>, which is <y, d_y> + <d_a, A drop(y)>, and forward
-// kept A drop(y) as a / s. So rows_kernel has the rows' numbers before, without A and masks, and
-// what is left is by columns.
+// The norm needs a row's <y, d_y + drop(d_a A)>. What made d_y may have left it (Backend's row
+// dots); else it is <y, d_y> + <d_a, A drop(y)>, and forward kept A drop(y) as a / s, so that
+// dots_kernel has it without A and masks. What is left is by columns.
 #include <algorithm>
 
 #include "kernels/cuda/lora_a.cuh"
@@ -32,16 +32,11 @@ __device__ uint4 load_past_near(const Number* p) {
   return __ldcg(reinterpret_cast<const uint4*>(p));
 }
 
-/// grid (rows, up to a whole tile): {r, r^2 mean(y d)} of each, d with what A sends back. The first
-/// rows come last, so that backward_kernel finds them in L2.
-__global__ void __launch_bounds__(kThreads) rows_kernel(const DroppedA m, const BehindNorm n) {
+/// grid (rows): n.room. The first rows come last, so that backward_kernel finds them in L2.
+__global__ void __launch_bounds__(kThreads) dots_kernel(const DroppedA m, const BehindNorm n) {
   __shared__ float shared[kWarp];
   const int row = static_cast<int>(gridDim.x - 1 - blockIdx.x),
             first = 8 * static_cast<int>(threadIdx.x);
-  if (row >= m.rows) {
-    if (threadIdx.x == 0) n.rows[row] = make_float2(0, 0);
-    return;
-  }
   const Number *x = m.x + row * m.stride_x, *d_y = n.d_y + row * n.stride_d_y;
   float own = 0;
 #pragma unroll 4
@@ -54,8 +49,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const DroppedA m, const 
       own += cuda::low(from[i]) * (w.v[2 * i] * cuda::low(slope[i])) +
              cuda::high(from[i]) * (w.v[2 * i + 1] * cuda::high(slope[i]));
   }
-  const float r = n.r[row];
-  own *= r;
+  own *= n.r[row];
   if (first < m.rank) {
     const cuda::Eight a = cuda::load8(n.a + row * n.stride_a + first),
                       d_a = cuda::load8(m.d_a + row * m.stride_d_a + first);
@@ -65,11 +59,11 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const DroppedA m, const 
     own += n.inverse_s * sum;
   }
   const float dot = cuda::block_sum(own, shared);
-  if (threadIdx.x == 0) n.rows[row] = make_float2(r, r * r * dot / static_cast<float>(m.cols));
+  if (threadIdx.x == 0) n.room[row] = dot;
 }
 
 /// A tile of 16 rows in shared memory: x, d_y and d_x as each lane of each warp fetched its own,
-/// then what all warps read: d_a, the rows' ids and numbers. Behind the groups' rings are A's
+/// then what all warps read: d_a, the rows' ids, r and dots. Behind the groups' rings are A's
 /// columns; over them, at the end, d_weight as each warp's rows of 32 columns.
 template <int C> struct Stage {
   static constexpr int kOwn = 6 * kPiece, kRanks = kWarps * kOwn, kIds = kRanks + C * kPiece,
@@ -142,12 +136,12 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
                            live ? m.rank - 16 * warp : 0, lane);
     }
     if (warp == kWarps - 1) {
+      const int row = min(first + lane % kRows, m.rows - 1);
       if (lane < kRows)
         cuda::fetch16(at + static_cast<std::uint32_t>(S::kIds + 16 * lane),
-                      m.ids + 4 * static_cast<Index>(min(first + lane, m.rows - 1)));
-      else if (lane < kRows + kRows / 2)
-        cuda::fetch16(at + static_cast<std::uint32_t>(S::kNumbers + 16 * (lane - kRows)),
-                      n.rows + first + 2 * (lane - kRows));
+                      m.ids + 4 * static_cast<Index>(row));
+      cuda::fetch4(at + static_cast<std::uint32_t>(S::kNumbers + 4 * lane),
+                   (lane < kRows ? n.r : n.dots) + row, true);
     }
   };
   const auto send = [&](int tile, int stage) {
@@ -175,20 +169,20 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
     if (!there || tile >= tiles) continue;
 
     Philox4 bits[2];
-    float2 numbers[2];  // r and k
-    unsigned y[4][2];   // tile, rows g and g + 8; turned over: columns, then rows
+    float r[2];
+    unsigned y[4][2];  // tile, rows g and g + 8; turned over: columns, then rows
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       bits[h] = m.bits(*reinterpret_cast<const int4*>(here + S::kIds + 16 * (g + 8 * h)), col / 8);
-      numbers[h] = *reinterpret_cast<const float2*>(here + S::kNumbers + 8 * (g + 8 * h));
+      r[h] = reinterpret_cast<const float*>(here + S::kNumbers)[g + 8 * h];
       unsigned x[4];
       cuda::load_words<8>(x, reinterpret_cast<const Number*>(mine + h * kPiece));
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        y[j][h] = cuda::transposed(
-            cuda::masked(cuda::pack2(cuda::low(x[j]) * (numbers[h].x * w.v[2 * j]),
-                                     cuda::high(x[j]) * (numbers[h].x * w.v[2 * j + 1])),
-                         bits[h], j, m.threshold));
+        y[j][h] =
+            cuda::transposed(cuda::masked(cuda::pack2(cuda::low(x[j]) * (r[h] * w.v[2 * j]),
+                                                      cuda::high(x[j]) * (r[h] * w.v[2 * j + 1])),
+                                          bits[h], j, m.threshold));
     }
     float d[4][4] = {};
 #pragma unroll
@@ -213,6 +207,9 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const float k = r[h] * r[h] *
+                      reinterpret_cast<const float*>(here + S::kNumbers)[kRows + g + 8 * h] /
+                      static_cast<float>(m.cols);
       unsigned x[4], d_y[4], d_x[4];
       cuda::load_words<8>(x, reinterpret_cast<const Number*>(mine + h * kPiece));
       cuda::load_words<8>(d_y, reinterpret_cast<const Number*>(mine + (2 + h) * kPiece));
@@ -225,7 +222,7 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (cuda::kept(bits[h], 2 * j + e, m.threshold)) slope[e] += n.keep * d[j][2 * h + e];
-          to[e] += numbers[h].x * (w.v[2 * j + e] * slope[e]) - from[e] * numbers[h].y;
+          to[e] += r[h] * (w.v[2 * j + e] * slope[e]) - from[e] * k;
         }
         d_x[j] = cuda::pack2(to[0], to[1]);
       }
@@ -252,10 +249,12 @@ __global__ void __launch_bounds__(kGroups* kThreads, 1)
 
 namespace cuda {
 
-Index norm_rows(int rows) { return ceil_div(rows, kRows) * kRows; }
-void norm_backward(const DroppedA& m, const BehindNorm& n, int splits, cudaStream_t stream) {
-  rows_kernel<<<static_cast<unsigned>(norm_rows(m.rows)), kThreads, 0, stream>>>(m, n);
-  launched("lora_a_rmsnorm_backward");
+void norm_backward(const DroppedA& m, BehindNorm n, int splits, cudaStream_t stream) {
+  if (n.dots == nullptr) {
+    dots_kernel<<<static_cast<unsigned>(m.rows), kThreads, 0, stream>>>(m, n);
+    launched("lora_a_rmsnorm_backward");
+    n.dots = n.room;
+  }
   with_rank_chunks(m.rank, [&](auto chunks) {
     auto* kernel = backward_kernel<chunks()>;
     constexpr int kBytes = Stage<chunks()>::kMemory;

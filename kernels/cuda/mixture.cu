@@ -281,12 +281,14 @@ void CudaBackend::mixture(Tensor out, Tensor z, const Mixture& m) {
   });
 }
 
-void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
+bool CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, Tensor row_dots,
                                    const MixtureGrads& grads, ConstTensor d_out, ConstTensor q,
                                    ConstTensor z, const Mixture& m) {
-  if (m.gate_up.rows() == 0) return;
-  if (!d_gate_up.contiguous() || !d_out.contiguous() || (q && !q.contiguous()))
+  if (m.gate_up.rows() == 0) return false;
+  if (!d_gate_up.contiguous() || (row_dots && !row_dots.contiguous()) || !d_out.contiguous() ||
+      (q && !q.contiguous()))
     throw std::logic_error("mixture_backward: a strided view");
+  bool left = false;  // row_dots
   cuda::with_type(d_gate_up.dtype, [&](auto number) {
     using T = decltype(number);
     auto c = call_of<T>(m);
@@ -296,6 +298,7 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
     c.d_gate_up = cuda::data<T>(d_gate_up);
     c.p = cuda::data<T>(p);
     c.d_weight = m.per_slot ? nullptr : cuda::data<float>(d_weight);
+    c.row_dots = cuda::data<float>(row_dots);
     c.d_gate_b = cuda::data<float>(grads.gate_b);
     c.d_up_b = cuda::data<float>(grads.up_b);
     c.d_down_a = cuda::data<float>(grads.down_a);
@@ -303,8 +306,8 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
     c.d_up_scale = cuda::data<float>(grads.up_scale);
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
       if (in_tiles(c) && cuda::single_takes(c)) {
-        cuda::single_backward(c, room().take<std::byte>(static_cast<Index>(cuda::single_bytes(c))),
-                              stream_);
+        left = cuda::single_backward(
+            c, room().take<std::byte>(static_cast<Index>(cuda::single_bytes(c))), stream_);
         return;
       }
     if (in_tiles(c)) {
@@ -325,6 +328,7 @@ void CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
                        kThreads, 0, stream_>>>(c);
     cuda::launched("mixture_backward");
   });
+  return left;
 }
 
 }  // namespace mixlora

@@ -29,6 +29,7 @@ template <class T> struct MixtureCall {
   const T *d_out, *q, *z_in;  // (N, F) or (K, N, F); (N, E R) or (K N, E R); (N, K R)
   T *d_gate_up, *p;           // (N, 2F), (N, 2 E R)
   float* d_weight;            // (N, K)
+  float* row_dots;            // (N), of single_backward
   float *d_gate_b, *d_up_b, *d_down_a, *d_gate_scale, *d_up_scale;
   // Of the tile kernels: the slots of this pass, whether it adds to an earlier one's output, the
   // order of its rows in tiles, and all (row, slot) pairs by expert; null: as they come.
@@ -85,9 +86,9 @@ std::size_t tiles_bytes(const TileCall& c);
 void tiles_forward(TileCall c, void* memory, cudaStream_t stream);
 void tiles_backward(TileCall c, void* memory, cudaStream_t stream);
 /// The same of backward in one pass, for one expert without a choice, of what tiles_take: all three
-/// factors of at most 16 ranks with their gradients, and p.
+/// factors of at most 16 ranks with their gradients, and p. Returns whether row_dots are left.
 bool single_takes(const TileCall& c);
 std::size_t single_bytes(const TileCall& c);
-void single_backward(const TileCall& c, void* memory, cudaStream_t stream);
+bool single_backward(const TileCall& c, void* memory, cudaStream_t stream);
 
 }  // namespace mixlora::cuda

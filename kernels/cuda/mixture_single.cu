@@ -14,18 +14,20 @@ constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
 /// banks; the 16 rows' a of gate and up, q, ids.
 constexpr int kSide = 6 * kPiece + 64, kRanks = kWarps * kSide, kIds = kRanks + 3 * kPiece,
               kStage = kIds + kPiece / 2;
-/// B1, B3 and A2 of each warp's columns, two stages, and where the warps' p meet, twice.
+/// B1, B3 and A2 of each warp's columns, two stages, and where the warps' p and the rows' dots
+/// meet, twice.
 constexpr int kRing = kWarps * 3 * kFactorBytes, kMeeting = kRing + 2 * kStage,
-              kBytes = kMeeting + 2 * kWarps * 4 * kPiece;
+              kDots = kMeeting + 2 * kWarps * 4 * kPiece, kBytes = kDots + 2 * kWarps * kPiece;
 
 /// What blocks leave: (block of columns, row, 2 R); (split, F R) of B1, of B3, of A2; (split, F) of
-/// either scale.
+/// either scale; (block of columns, row) of the rows' dots, or null.
 struct Sums {
-  float *p, *b1, *b3, *a2, *scale1, *scale3;
+  float *p, *b1, *b3, *a2, *scale1, *scale3, *dots;
   int blocks, splits;
 };
 
-/// grid (F / 128, splits of the rows). Factors as fetch_factor lays them, fetched once.
+/// grid (F / 128, splits of the rows). Factors as fetch_factor lays them, fetched once. Scaled: no
+/// dots, for which there are not registers.
 template <bool Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, 3)
     single_kernel(const __grid_constant__ TileCall m, const Sums out) {
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   std::byte* own = shared + warp * 3 * kFactorBytes;
   std::byte* ring = shared + kRing;
   auto* meeting = reinterpret_cast<float4*>(shared + kMeeting);
+  auto* meeting_dots = reinterpret_cast<float*>(shared + kDots);
   const std::uint32_t factors = shared_address(own), ring_address = shared_address(ring),
                       own_row = factor_row(lane), own_ranks = rank_row(lane);
   if (there) {
@@ -66,6 +69,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
       s1[i] = there && m.gate_scale != nullptr ? m.gate_scale[col + i] : 1.0F;
       s3[i] = there && m.up_scale != nullptr ? m.up_scale[col + i] : 1.0F;
     }
+
+  // Where a lane leaves its part of a row's dot, of a stage, a pair of tiles and a half of the
+  // rows.
+  const auto dot_place = [&](int stage, int pair, int h) -> float& {
+    return meeting_dots[(((stage * kWarps + warp) * 2 + pair) * 2 + h) * kWarp + lane];
+  };
+  if (!Scaled && !there)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dot_place(i / 4, i / 2 % 2, i % 2) = 0;
 
   // Four rows a warp, 256 bytes of each together, and an array of all rows' ranks.
   const int across = 8 * (lane % 16);
@@ -96,7 +108,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     }
     fetch_commit();
   };
-  // The warps' columns of the p of a tile, in the order of the warps.
+  // The warps' columns of the p and the dots of a tile, in the order of the warps.
   const auto leave_p = [&](int stage, int first) {
     const auto* parts = reinterpret_cast<const float2*>(meeting + stage * kWarps * 4 * kWarp);
 #pragma unroll
@@ -114,6 +126,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         *reinterpret_cast<float2*>(
             out.p + (static_cast<Index>(blockIdx.x) * rows + row) * 2 * rank + i / 2 * rank + r) =
             sum;
+    }
+    if constexpr (!Scaled) {
+      // Eight threads a row: a quarter of the lanes' of a pair each.
+      const int r = static_cast<int>(threadIdx.x) / 8, part = static_cast<int>(threadIdx.x) % 8;
+      const float* own = meeting_dots + ((stage * kWarps * 2 + part / 4) * 2 + r / 8) * kWarp +
+                         r % 8 * 4 + part % 4;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += own[w * 4 * kWarp];
+#pragma unroll
+      for (int apart = 1; apart < 8; apart *= 2) sum += __shfl_xor_sync(kAll, sum, apart);
+      if (part == 0 && first + r < end && out.dots != nullptr)
+        out.dots[static_cast<Index>(blockIdx.x) * rows + first + r] = sum;
     }
   };
 
@@ -159,7 +184,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         unsigned gate[2][2], up[2][2], dropped[2][2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float x[4], y[4], z[4];
+          float x[4], y[4], z[4], dot = 0;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int t = i / 2, at = 2 * h + i % 2;
@@ -172,6 +197,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
             x[i] = d_h * value * act.slope;
             y[i] = d_h * act.value;
             z[i] = kept_scale * act.value * value;
+            if constexpr (!Scaled) dot += x[i] * gate_u + y[i] * value;
             if constexpr (Scaled) {
               if (live[h]) {
                 scale1[4 * pair + i] += x[i] * u[t][at];
@@ -180,6 +206,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
               x[i] *= s1[4 * pair + i], y[i] *= s3[4 * pair + i];
             }
           }
+          if constexpr (!Scaled) dot_place(stage, pair, h) = dot;
           gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
           up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
           dropped[0][h] = pack2(z[0], z[1]), dropped[1][h] = pack2(z[2], z[3]);
@@ -264,8 +291,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     }
 }
 
-/// grid (parts, 6): p = s times its sums; B1, B3, A2 and both scales += theirs; four numbers a
-/// thread.
+/// grid (parts, 7): p = s times its sums; B1, B3, A2 and both scales += theirs; the dots, their
+/// sums, one a thread; four numbers a thread of the others.
 __global__ void finish_kernel(const __grid_constant__ TileCall m, const Sums in) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int which = static_cast<int>(blockIdx.y);
@@ -287,14 +314,22 @@ __global__ void finish_kernel(const __grid_constant__ TileCall m, const Sums in)
                                                   pack2(m.scale * sum.z, m.scale * sum.w));
     return;
   }
+  if (which == 1) {
+    if (i >= m.rows || in.dots == nullptr) return;
+    float sum = 0;
+#pragma unroll 8
+    for (int k = 0; k < in.blocks; ++k) sum += in.dots[k * m.rows + i];
+    m.row_dots[i] = sum;
+    return;
+  }
   float* const to[] = {m.d_gate_b, m.d_up_b, m.d_down_a, m.d_gate_scale, m.d_up_scale};
   const float* const from[] = {in.b1, in.b3, in.a2, in.scale1, in.scale3};
   float* grads = nullptr;
   const float* sums = nullptr;
 #pragma unroll
   for (int k = 0; k < 5; ++k)
-    if (which == k + 1) grads = to[k], sums = from[k];
-  const Index quads = m.width * (which > 3 ? 1 : m.rank) / 4;
+    if (which == k + 2) grads = to[k], sums = from[k];
+  const Index quads = m.width * (which > 4 ? 1 : m.rank) / 4;
   if (grads == nullptr || i >= quads) return;
   const float4 sum = sum_of(sums, in.splits, quads);
   float4 old = reinterpret_cast<float4*>(grads)[i];
@@ -330,6 +365,7 @@ Sums sums_of(const TileCall& c, void* room, std::size_t& bytes) {
   s.p = take(s.blocks * c.rows * 2 * c.rank);
   for (float** part : {&s.b1, &s.b3, &s.a2}) *part = take(s.splits * c.width * c.rank);
   for (float** part : {&s.scale1, &s.scale3}) *part = take(s.splits * c.width);
+  if (c.row_dots != nullptr && !has_scales(c)) s.dots = take(s.blocks * c.rows);
   bytes = static_cast<std::size_t>(at - static_cast<float*>(room)) * sizeof(float);
   return s;
 }
@@ -352,7 +388,7 @@ std::size_t single_bytes(const TileCall& c) {
   sums_of(c, nullptr, bytes);
   return bytes;
 }
-void single_backward(const TileCall& c, void* memory, cudaStream_t stream) {
+bool single_backward(const TileCall& c, void* memory, cudaStream_t stream) {
   std::size_t bytes = 0;
   const Sums s = sums_of(c, memory, bytes);
   const dim3 grid(static_cast<unsigned>(s.blocks), static_cast<unsigned>(s.splits));
@@ -363,9 +399,10 @@ void single_backward(const TileCall& c, void* memory, cudaStream_t stream) {
   constexpr int kThreads = 128;
   const Index most = std::max(c.rows * 2, c.width) * c.rank / 4;
   finish_kernel<<<dim3(static_cast<unsigned>(ceil_div<Index>(most, kThreads)),
-                       has_scales(c) ? 6 : 4),
+                       has_scales(c) ? 7 : 5),
                   kThreads, 0, stream>>>(c, s);
   launched("mixture_backward");
+  return s.dots != nullptr;
 }
 
 }  // namespace mixlora::cuda

@@ -98,4 +98,10 @@ void attention_backward(T* d_qkv, const T* d_o, const T* qkv, const T* o, const 
     }
 }
 
+/// <x, d_x> of each row over all heads.  x, d_x (N, (H + 2 Hkv) D)
+template <class T> void row_dots(T* dots, const T* x, const T* d_x, const Heads& h, Index rows) {
+  const Index width = (h.heads + 2 * h.kv_heads) * h.head_dim;
+  for (Index n = 0; n < rows; ++n) dots[n] = dot(x + n * width, d_x + n * width, width);
+}
+
 }  // namespace mixlora::reference

@@ -120,14 +120,17 @@ template <class T> void mixture(T* out, T* z, const MixtureInput<T>& m) {
 /// d_weight (N, K) = <h_k, d_out> + <z_k, q_e>, not written when per_slot, may be null
 /// d_gate_up (N, 2F)  p (N, 2 E R) = s B^T d(c + B a)  gradients added
 /// d_out (N, F), or (K, N, F) when per_slot  q (N, E R), or (K N, E R) when per_slot
+/// row_dots (N) = sum over slots of <u, d_u> + <v, d_v>, may be null
 template <class T>
-void mixture_backward(T* d_gate_up, T* d_weight, T* p, const MixtureOutputGrads<T>& grads,
-                      const T* d_out, const T* q, const T* z, const MixtureInput<T>& m) {
+void mixture_backward(T* d_gate_up, T* d_weight, T* p, T* row_dots,
+                      const MixtureOutputGrads<T>& grads, const T* d_out, const T* q, const T* z,
+                      const MixtureInput<T>& m) {
   const Index k_count = m.slots.count, rank = m.slots.rank, width = m.width;
   const Index experts = m.slots.experts, wide = 2 * experts * rank;
   const T s = T(m.scale);
   std::fill_n(d_gate_up, m.rows * 2 * width, T{});
   if (p) std::fill_n(p, m.rows * wide, T{});
+  if (row_dots) std::fill_n(row_dots, m.rows, T{});
   for (Index n = 0; n < m.rows; ++n)
     for (Index k = 0; k < k_count; ++k) {
       const Index e = m.slots.expert_of(n, k), slot_row = (m.per_slot ? k * m.rows : 0) + n;
@@ -153,6 +156,7 @@ void mixture_backward(T* d_gate_up, T* d_weight, T* p, const MixtureOutputGrads<
         const T d_gate = d_u * c.gate_scale, d_up = d_v * c.up_scale;
         d_gate_up[n * 2 * width + f] += d_gate;
         d_gate_up[n * 2 * width + width + f] += d_up;
+        if (row_dots) row_dots[n] += d_gate * c.gate_sum + d_up * c.up_sum;
         if (e < 0) continue;
         if (grads.gate_scale) grads.gate_scale[e * width + f] += d_u * c.gate_sum;
         if (grads.up_scale) grads.up_scale[e * width + f] += d_v * c.up_sum;

@@ -101,7 +101,7 @@ struct Block {
       grads.up_scale = d_up_scale.view();
     }
     ops.mixture_backward(d_gate_up.view(), s.per_slot ? Tensor{} : d_weight.view(),
-                         s.factors ? p.view() : Tensor{}, grads, d_out.view(),
+                         s.factors ? p.view() : Tensor{}, {}, grads, d_out.view(),
                          s.factors ? ConstTensor(q.view()) : ConstTensor{},
                          s.factors ? ConstTensor(z.view()) : ConstTensor{}, m);
   }
@@ -129,7 +129,7 @@ struct Block {
     m.width = s.width;
     reference::mixture(out.d(), s.factors ? z.d() : nullptr, m);
     reference::mixture_backward<double>(
-        d_gate_up.d(), d_weight.d(), s.factors ? p.d() : nullptr,
+        d_gate_up.d(), d_weight.d(), s.factors ? p.d() : nullptr, nullptr,
         {d_gate_b.d(), d_up_b.d(), d_down_a.d(), s.scales ? d_gate_scale.d() : nullptr,
          s.scales ? d_up_scale.d() : nullptr},
         d_out.d(), s.factors ? q.d() : nullptr, z.d(), m);

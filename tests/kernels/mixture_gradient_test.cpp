@@ -75,13 +75,22 @@ void check(const Variant& x, unsigned seed) {
   const auto m = input<double>(v, x);
   Real out = zeros(copies * kRows * kWidth), z = zeros(kRows * k * kRank);
   ref::mixture(out.data(), z.data(), m);
+  Real row_dots = zeros(kRows);
   ref::mixture_backward(
-      d[gate_up].data(), x.per_slot ? nullptr : d[weight].data(), d[a].data(),
+      d[gate_up].data(), x.per_slot ? nullptr : d[weight].data(), d[a].data(), row_dots.data(),
       {x.gate ? d[gate_b].data() : nullptr, x.up ? d[up_b].data() : nullptr,
        x.down ? d[down_a].data() : nullptr, x.scales ? d[gate_scale].data() : nullptr,
        x.scales ? d[up_scale].data() : nullptr},
       d_out.data(), x.down ? q.data() : nullptr, z.data(), m);
   for (double& p : d[a]) p /= kScale;  // p = s d_a, for a holds s A x
+  // u and v are linear in gate_up and a together, and so are the rows before them.
+  const Index wide = 2 * e * kRank;
+  for (Index n = 0; n < kRows; ++n) {
+    const double of_c = ref::dot(v[gate_up].data() + n * 2 * kWidth,
+                                 d[gate_up].data() + n * 2 * kWidth, 2 * kWidth),
+                 of_a = ref::dot(v[a].data() + n * wide, d[a].data() + n * wide, wide);
+    CHECK(row_dots[static_cast<std::size_t>(n)] == Approx(of_c + of_a));
+  }
   const char* names[] = {"gate_up", "a",          "gate_b",   "up_b",
                          "down_a",  "gate_scale", "up_scale", "weight"};
   const bool present[] = {true,   x.gate || x.up, x.gate,   x.up,
