@@ -68,7 +68,7 @@ void check_machine(Findings& f) {
     f.good("memory", memory);
   else
     f.hint("memory", memory +
-                         ": the quickstart takes 2 to 3 GiB; end something, or set "
+                         ": the quickstart takes 1.5 GiB; end something, or set "
                          "run.memory_limit_gib and recompute");
   std::error_code error;
   const auto disk = std::filesystem::space(".", error);
