@@ -93,22 +93,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
             end = min(m.rows, tiles * (split + 1) / splits * kRows);
   const auto there = [&](int t) { return f0 + t * kColumns < one.cols; };
 
-  // B, columns as the inner dimension: tile, half of a lane's eight columns, eight ranks.
-  unsigned b[kOwn][2][2 * C][2];
-#pragma unroll
-  for (int t = 0; t < kOwn; ++t)
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int i = 0; i < 2 * C; ++i)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const Index column = f0 + t * kColumns + g / 2 * 8 + 4 * j + 2 * k + g % 2;
-          const unsigned pair =
-              there(t) && 8 * i < rank ? cuda::load_pair(one.b + column * rank + 8 * i + 2 * q) : 0;
-          b[t][j][i][k] = cuda::transposed(pair);
-        }
-
   std::byte* ring = memory + warp * kStages * S::kBytes;
   const std::uint32_t ring_address = cuda::shared_address(ring), own_ranks = cuda::rank_row(lane);
   constexpr int kRowBytes = kOwn * kColumns * 2;
@@ -149,6 +133,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
     cuda::fetch_commit();
   };
 
+#pragma unroll
+  for (int i = 0; i + 1 < kStages; ++i) fetch(i, begin + i * kRows);
+
+  // B, columns as the inner dimension: tile, half of a lane's eight columns, eight ranks.
+  unsigned b[kOwn][2][2 * C][2];
+#pragma unroll
+  for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 2 * C; ++i)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const Index column = f0 + t * kColumns + g / 2 * 8 + 4 * j + 2 * k + g % 2;
+          const unsigned pair =
+              there(t) && 8 * i < rank ? cuda::load_pair(one.b + column * rank + 8 * i + 2 * q) : 0;
+          b[t][j][i][k] = cuda::transposed(pair);
+        }
+
   float d_b[kOwn][2][2 * C][4] = {}, d_scale[kOwn][8] = {};
   auto* meeting = reinterpret_cast<float4*>(memory + kWarps * kStages * S::kBytes);
   auto* scale = reinterpret_cast<float*>(memory + kWarps * kStages * S::kBytes + kMeeting<C>) +
@@ -159,8 +162,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
     __syncwarp();
   }
   int stage = 0, turn = 0;
-#pragma unroll
-  for (int i = 0; i + 1 < kStages; ++i) fetch(i, begin + i * kRows);
   for (int first = begin; first < end; first += kRows) {
     fetch((stage + kStages - 1) % kStages, first + (kStages - 1) * kRows);
     cuda::fetch_wait<kStages - 1>();
@@ -258,18 +259,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
       }
 }
 
+/// Threads that share a sum over the splits: lanes 8 apart.
+constexpr int kTogether = 4;
 /// to[i] += part i of every split's sums, `quads` of four numbers each.
 __device__ void add_sums(float* to, const float* sums, int i, int quads, int splits) {
-  float4 sum = make_float4(0, 0, 0, 0);
+  const int part = static_cast<int>(threadIdx.x) / 8 % kTogether;
+  float sum[4] = {};
 #pragma unroll 8
-  for (int k = 0; k < splits; ++k) {
-    const float4 part = reinterpret_cast<const float4*>(sums)[static_cast<Index>(k) * quads + i];
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  for (int k = part; k < splits; k += kTogether) {
+    const float4 own = reinterpret_cast<const float4*>(sums)[static_cast<Index>(k) * quads + i];
+    sum[0] += own.x, sum[1] += own.y, sum[2] += own.z, sum[3] += own.w;
   }
+#pragma unroll
+  for (int apart = 8; apart < 8 * kTogether; apart *= 2)
+#pragma unroll
+    for (float& x : sum) x += __shfl_xor_sync(cuda::kAll, x, apart);
+  if (part != 0) return;
   float4& own = reinterpret_cast<float4*>(to)[i];
-  float4 old = own;
-  old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
-  own = old;
+  const float4 old = own;
+  own = make_float4(old.x + sum[0], old.y + sum[1], old.z + sum[2], old.w + sum[3]);
 }
 
 /// grid (parts, matrices): d_a = s times its sums, two numbers a thread, then d_b and d_scale +=
@@ -292,8 +300,10 @@ __global__ void finish_kernel(const __grid_constant__ Call m) {
         cuda::pack2(m.s * sum.x, m.s * sum.y);
     return;
   }
-  const int i = (static_cast<int>(blockIdx.x) - blocks) * static_cast<int>(blockDim.x) +
-                static_cast<int>(threadIdx.x);
+  // Eight sums a warp: all of one matrix, whose columns and ranks come by eights.
+  const int thread = (static_cast<int>(blockIdx.x) - blocks) * static_cast<int>(blockDim.x) +
+                     static_cast<int>(threadIdx.x),
+            i = thread / kWarp * 8 + thread % 8;
   if (i < quads)
     add_sums(one.d_b, one.d_b_sums, i, quads, m.splits);
   else if (one.scale != nullptr && i - quads < one.cols / 4)
@@ -374,7 +384,8 @@ void CudaBackend::lora_b_backward(std::span<const LowRankBackward> all, float s)
       one.d_scale_sums = space.take<float>(m.splits * one.cols);
     }
     const int quads = one.cols * m.rank / 4 + (scaled ? one.cols / 4 : 0);
-    parts = std::max(parts, ceil_div(m.rows * m.rank / 2, kThreads) + ceil_div(quads, kThreads));
+    parts = std::max(
+        parts, ceil_div(m.rows * m.rank / 2, kThreads) + ceil_div(kTogether * quads, kThreads));
   }
   const auto launch = [&](auto* kernel, int bytes) {
     cuda::admit_shared(reinterpret_cast<const void*>(kernel), bytes);
