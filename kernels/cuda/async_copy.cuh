@@ -38,7 +38,10 @@ __device__ inline void fetch16(std::uint32_t to, const void* from, bool there,
                "l"(from), "r"(there ? 16 : 0), "l"(policy)
                : "memory");
 }
-/// The same for four bytes.
+/// The same for eight and for four bytes.
+__device__ inline void fetch8(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ inline void fetch4(std::uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                "r"(there ? 4 : 0)

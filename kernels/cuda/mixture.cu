@@ -312,8 +312,8 @@ bool CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, 
       }
     if (in_tiles(c)) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        cuda::tiles_backward(c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))),
-                             stream_);
+        left = cuda::tiles_backward(
+            c, room().take<std::byte>(static_cast<Index>(cuda::tiles_bytes(c))), stream_);
       return;
     }
     if (p) zero(p);

@@ -29,7 +29,7 @@ template <class T> struct MixtureCall {
   const T *d_out, *q, *z_in;  // (N, F) or (K, N, F); (N, E R) or (K N, E R); (N, K R)
   T *d_gate_up, *p;           // (N, 2F), (N, 2 E R)
   float* d_weight;            // (N, K)
-  float* row_dots;            // (N), of single_backward
+  float* row_dots;            // (N), of passes that leave it
   float *d_gate_b, *d_up_b, *d_down_a, *d_gate_scale, *d_up_scale;
   // Of the tile kernels: the slots of this pass, whether it adds to an earlier one's output, the
   // order of its rows in tiles, and all (row, slot) pairs by expert; null: as they come.
@@ -82,9 +82,10 @@ using TileCall = MixtureCall<__nv_bfloat16>;
 bool tiles_take(const TileCall& c);
 /// Bytes of working memory of a call, forward or backward.
 std::size_t tiles_bytes(const TileCall& c);
-/// `memory` has tiles_bytes(); both enqueue on `stream`.
+/// `memory` has tiles_bytes(); both enqueue on `stream`. Backward returns whether row_dots are
+/// left.
 void tiles_forward(TileCall c, void* memory, cudaStream_t stream);
-void tiles_backward(TileCall c, void* memory, cudaStream_t stream);
+bool tiles_backward(TileCall c, void* memory, cudaStream_t stream);
 /// The same of backward in one pass, for one expert without a choice, of what tiles_take: all three
 /// factors of at most 16 ranks with their gradients, and p. Returns whether row_dots are left.
 bool single_takes(const TileCall& c);

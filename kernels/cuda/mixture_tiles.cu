@@ -1,5 +1,6 @@
 // The gated feed-forward mixture on tensor cores: the order of its rows, its passes, and what comes
-// after its three kernels (mixture_forward.cu, mixture_rows.cu, mixture_columns.cu).
+// after its kernels (mixture_forward.cu, mixture_rows.cu, mixture_columns.cu; of two slots
+// mixture_pairs.cu).
 //
 // A pass takes two slots (or one). Rows are sorted by the pair of experts they chose, and every
 // pair begins a new tile, so that a tile has one expert a slot; more slots take more passes. The
@@ -20,77 +21,76 @@ constexpr int kMostExperts = 32;  // the sort's counters of all pairs fit in sha
 
 // ---- order ---------------------------------------------------------------------------------
 
+/// A sort's shared memory: how many of a warp's items have a key, (kSortWarps, keys), a key's first
+/// place, (keys), and where there is room the items' keys.
+struct SortRoom {
+  std::int32_t *counts, *first;
+  std::int16_t* held;
+};
 /// order: items by key, equal keys in the order of items, every key beginning at a multiple of
-/// `align`; begin[key] where each key's items start (may be null). Returns the end. One block;
-/// `counts` has kSortWarps * keys numbers. The result is the same however the warps run.
+/// `align`; begin[key] where each key's items start (may be null). Returns the end. One block. The
+/// result is the same however the warps run. Loops are not unrolled: a single block runs through
+/// this code, and to fetch it takes longer than to run it.
 template <class Key>
-__device__ int counting_sort(std::int32_t* order, std::int32_t* begin, std::int32_t* counts,
+__device__ int counting_sort(std::int32_t* order, std::int32_t* begin, const SortRoom& room,
                              int items, int keys, int align, Key key_of) {
   __shared__ int end;
-  constexpr int kHeld = 8;  // keys that a lane keeps, read all at once
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int chunk = ceil_div(ceil_div(items, kSortWarps), kWarp) * kWarp;
   const int from = warp * chunk, to = min(items, from + chunk);
-  int held[kHeld];
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = from + j * kWarp + lane;
-    held[j] = i < to ? key_of(i) : -1;
-  }
+  if (room.held != nullptr)
+#pragma unroll 4
+    for (int i = from + lane; i < to; i += kWarp)
+      room.held[i] = static_cast<std::int16_t>(key_of(i));
   // f(key, item) for the warp's items, 32 at a time; no item: -1.
   const auto each = [&](auto&& f) {
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      const int i = from + j * kWarp;
-      if (i < to) f(held[j], i + lane);
-    }
-    for (int i = from + kHeld * kWarp; i < to; i += kWarp)
-      f(i + lane < to ? key_of(i + lane) : -1, i + lane);
+#pragma unroll 1
+    for (int i = from + lane; i - lane < to; i += kWarp)
+      f(i >= to ? -1 : room.held != nullptr ? room.held[i] : key_of(i), i);
   };
-  std::int32_t* own = counts + warp * keys;
-  for (int i = static_cast<int>(threadIdx.x); i < kSortWarps * keys; i += kSortThreads)
-    counts[i] = 0;
-  __syncthreads();
+  std::int32_t* own = room.counts + warp * keys;
+#pragma unroll 1
+  for (int key = lane; key < keys; key += kWarp) own[key] = 0;
+  __syncwarp();
   each([&](int key, int /*item*/) {
     const unsigned same = __match_any_sync(kAll, key);
     if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
     __syncwarp();
   });
   __syncthreads();
+  const auto up_to = [lane](int x) {  // with all lanes before
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int y = __shfl_up_sync(kAll, x, step);
+      if (lane >= step) x += y;
+    }
+    return x;
+  };
+#pragma unroll 1
+  for (int key = warp; key < keys; key += kSortWarps) {  // a lane a warp's count
+    const int count = room.counts[lane * keys + key], sum = up_to(count);
+    room.counts[lane * keys + key] = sum - count;
+    if (lane == kWarp - 1) room.first[key] = ceil_div(sum, align) * align;
+  }
+  __syncthreads();
   if (warp == 0) {
     int base = 0;
-    for (int k0 = 0; k0 < keys; k0 += kWarp) {
-      const int key = k0 + lane;
-      int count[kSortWarps], total = 0;
-#pragma unroll
-      for (int w = 0; w < kSortWarps; ++w) count[w] = key < keys ? counts[w * keys + key] : 0;
-#pragma unroll
-      for (int w = 0; w < kSortWarps; ++w) total += count[w];
-      total = ceil_div(total, align) * align;
-      int before = total;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int x = __shfl_up_sync(kAll, before, step);
-        if (lane >= step) before += x;
-      }
-      const int sum = __shfl_sync(kAll, before, kWarp - 1);
-      before += base - total;
+#pragma unroll 1
+    for (int key = lane; key - lane < keys; key += kWarp) {
+      const int count = key < keys ? room.first[key] : 0, sum = up_to(count);
       if (key < keys) {
-        if (begin != nullptr) begin[key] = before;
-#pragma unroll
-        for (int w = 0; w < kSortWarps; ++w) {
-          counts[w * keys + key] = before;
-          before += count[w];
-        }
+        room.first[key] = base + sum - count;
+        if (begin != nullptr) begin[key] = base + sum - count;
       }
-      base += sum;
+      base += __shfl_sync(kAll, sum, kWarp - 1);
     }
     if (lane == 0) end = base;
   }
   __syncthreads();
   each([&](int key, int item) {
     const unsigned same = __match_any_sync(kAll, key);
-    if (key >= 0) order[own[key] + __popc(same & ((1U << lane) - 1))] = item;
+    if (key >= 0) order[room.first[key] + own[key] + __popc(same & ((1U << lane) - 1))] = item;
     __syncwarp();
     if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
     __syncwarp();
@@ -106,31 +106,36 @@ struct OrderRoom {
 int keys_of(int slots, int experts) {
   return slots == 2 ? (experts + 1) * (experts + 1) : experts + 1;
 }
+/// Whether a call goes in teams: not a backward of pairs in one pass.
+bool takes_teams(const TileCall& c) { return in_teams(c) && !pairs_take(c); }
 /// Of a call with a choice, of tiles that stand alone or in teams of one pair.
 int most_tiles(const TileCall& c, int slots = 2) {
   const auto keys = std::min<Index>(c.rows, keys_of(slots, c.experts));
-  const Index team = in_teams(c) ? kTeam : 1;
+  const Index team = takes_teams(c) ? kTeam : 1;
   return static_cast<int>((c.rows / (team * kRows) + keys + 1) * team);
 }
 
-/// A2 of every expert by columns, (E, F, R) from (E, R, F): a thread one column of eight ranks.
+/// A2 of every expert by columns, (E, F, R) from (E, R, F): a unit is two columns of eight ranks.
 struct Turn {
   Number* to;
   const Number* from;
   int width, rank, experts;
-  __host__ __device__ int units() const { return experts * (rank / 8) * width; }
+  __host__ __device__ int units() const { return experts * (rank / 8) * (width / 2); }
 };
 __device__ void turn(const Turn& t, int unit) {
-  if (unit >= t.units()) return;
-  const int eight = unit / t.width, f = unit % t.width;  // of all experts' ranks; the column
+  const int half = t.width / 2, eight = unit / half, f = unit % half * 2;  // of all experts' ranks
   const int e = eight / (t.rank / 8), r = eight % (t.rank / 8) * 8;
-  const auto* from = reinterpret_cast<const unsigned short*>(t.from) +
-                     (static_cast<Index>(eight) * 8 * t.width + f);
+  const Number* from = t.from + (static_cast<Index>(eight) * 8 * t.width + f);
   unsigned x[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = from[static_cast<Index>(i) * t.width];
-  *reinterpret_cast<uint4*>(t.to + (static_cast<Index>(e) * t.width + f) * t.rank + r) =
-      make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
+  for (int i = 0; i < 8; ++i) x[i] = load_pair(from + static_cast<Index>(i) * t.width);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const unsigned take = j == 0 ? 0x5410U : 0x7632U;  // both lower halves, both upper ones
+    *reinterpret_cast<uint4*>(t.to + (static_cast<Index>(e) * t.width + f + j) * t.rank + r) =
+        make_uint4(__byte_perm(x[0], x[1], take), __byte_perm(x[2], x[3], take),
+                   __byte_perm(x[4], x[5], take), __byte_perm(x[6], x[7], take));
+  }
 }
 
 /// The first of `sorts` blocks: rows by the experts of slots [first, first + count), tiles apart,
@@ -139,26 +144,37 @@ __device__ void turn(const Turn& t, int unit) {
 /// last. The blocks behind them turn A2.
 __global__ void __launch_bounds__(kSortThreads)
     order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
-                 int first, int count, int keys, int align, int team_units, int sorts, Turn down) {
-  extern __shared__ std::int32_t counts[];
+                 int first, int count, int keys, int align, int team_units, int sorts, bool held,
+                 Turn down) {
+  extern __shared__ std::int32_t numbers[];
+  const auto sort_room = [&](int all) {
+    std::int32_t* behind = numbers + kSortWarps * all;
+    return SortRoom{numbers, behind,
+                    held ? reinterpret_cast<std::int16_t*>(behind + all) : nullptr};
+  };
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= sorts) {
-    turn(down, (block - sorts) * kSortThreads + static_cast<int>(threadIdx.x));
+    if (const int unit = (block - sorts) * kSortThreads + static_cast<int>(threadIdx.x);
+        unit < down.units())
+      turn(down, unit);
   } else if (block == 0) {
+#pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x); i < room.most_tiles * kRows; i += kSortThreads)
       room.order[i] = -1;
-    const int end = counting_sort(room.order, nullptr, counts, rows, keys, align, [=](int n) {
-      const int e0 = expert[n * slots + first] + 1;
-      if (count == 1) return e0;
-      const int e1 = expert[n * slots + first + 1] + 1;
-      return min(e0, e1) * (experts + 1) + max(e0, e1);
-    });
+    const int end =
+        counting_sort(room.order, nullptr, sort_room(keys), rows, keys, align, [=](int n) {
+          const int e0 = expert[n * slots + first] + 1;
+          if (count == 1) return e0;
+          const int e1 = expert[n * slots + first + 1] + 1;
+          return min(e0, e1) * (experts + 1) + max(e0, e1);
+        });
     if (threadIdx.x == 0) *room.tiles = end / kRows;
     if (team_units == 0) return;
     __syncthreads();  // the order is there
     if (threadIdx.x >= kWarp) return;
     const int teams = end / kTeamRows, lane = static_cast<int>(threadIdx.x);
     int before = 0;
+#pragma unroll 1
     for (int first_team = 0; first_team < teams; first_team += kWarp) {
       const int team = first_team + lane;
       // The third tile has a row: all four warps have one of their own (TeamWork).
@@ -174,10 +190,11 @@ __global__ void __launch_bounds__(kSortThreads)
     }
     if (lane == 0) room.work[teams] = before;
   } else {
-    counting_sort(room.pairs, room.pair_begin, counts, rows * slots, experts + 1, 1, [=](int i) {
-      const int e = expert[i];
-      return e < 0 ? experts : e;
-    });
+    counting_sort(room.pairs, room.pair_begin, sort_room(experts + 1), rows * slots, experts + 1, 1,
+                  [=](int i) {
+                    const int e = expert[i];
+                    return e < 0 ? experts : e;
+                  });
   }
 }
 
@@ -302,6 +319,7 @@ OrderRoom order_room(const TileCall& c, void* room) {
 struct Cut {
   OrderRoom order;
   Number* down_t;
+  void* pairs;
   float* sums;
   std::size_t bytes;
 };
@@ -324,10 +342,15 @@ Cut cut(const TileCall& c, void* room) {
   r.down_t = reinterpret_cast<Number*>(base + at);
   if (c.down_a != nullptr)
     at += whole(sizeof(Number) * static_cast<std::size_t>(c.experts * c.width * c.rank));
+  r.pairs = base + at;
+  Index sums = sums_of(c, std::min(c.slots, 2)) * kFragment *
+               std::max<Index>(kMostBlocks * 2, kMostBlocks + most_blocks(c));
+  if (pairs_take(c)) {
+    at += whole(pairs_bytes(c));
+    sums = pairs_sums(c, r.order.most_tiles);
+  }
   r.sums = reinterpret_cast<float*>(base + at);
-  at += sizeof(float) * kFragment *
-        static_cast<std::size_t>(sums_of(c, std::min(c.slots, 2)) *
-                                 std::max<Index>(kMostBlocks * 2, kMostBlocks + most_blocks(c)));
+  at += sizeof(float) * static_cast<std::size_t>(sums);
   r.bytes = at;
   return r;
 }
@@ -337,7 +360,7 @@ Cut cut(const TileCall& c, void* room) {
 template <class F>
 TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F&& f) {
   const Cut r = cut(c, memory);
-  TileRoom room{r.down_t, r.sums, 1, false, in_teams(c), r.order.work, 0};
+  TileRoom room{r.down_t, r.sums, 1, false, takes_teams(c), r.order.work, 0};
   // Two slots go together where registers admit it and, when they lie apart, where the kernels read
   // each one's d_out.
   const int together =
@@ -353,16 +376,18 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
     const Turn down{r.down_t, c.down_a, static_cast<int>(c.width), c.rank, c.experts};
     const int turned = c.down_a != nullptr && first == 0 ? ceil_div(down.units(), kSortThreads) : 0;
     if (sorts + turned > 0) {
-      const std::size_t shared =
-          sizeof(std::int32_t) * kSortWarps *
-          static_cast<std::size_t>(sorts > 0 ? std::max(keys, c.experts + 1) : 0);
-      check(cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared)),
-            "shared memory");
+      const int most_keys = sorts > 0 ? std::max(keys, c.experts + 1) : 0;
+      const Index counted = sizeof(std::int32_t) * (kSortWarps + 1) * most_keys,
+                  all = counted + sizeof(std::int16_t) * (sorts > 1 ? c.slots : 1) * c.rows;
+      constexpr int kStatic = 64;  // what the kernel has besides
+      const int most = most_shared() - kStatic;
+      const bool held = sorts > 0 && all <= most;
+      const auto shared = static_cast<std::size_t>(held ? all : counted);
+      admit_shared(reinterpret_cast<const void*>(order_kernel), most);
       order_kernel<<<static_cast<unsigned>(sorts + turned), kSortThreads, shared, stream>>>(
           r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys,
           room.team ? kTeamRows : kRows, room.team ? static_cast<int>(c.width) / kTeamColumns : 0,
-          sorts, down);
+          sorts, held, down);
       launched("mixture order");
     }
     if (c.expert != nullptr) {
@@ -404,10 +429,13 @@ void tiles_forward(TileCall c, void* memory, cudaStream_t stream) {
             });
 }
 
-void tiles_backward(TileCall c, void* memory, cudaStream_t stream) {
+bool tiles_backward(TileCall c, void* memory, cudaStream_t stream) {
+  const bool pairs = pairs_take(c);
+  void* pairs_room = cut(c, memory).pairs;
   const TileRoom room =
-      each_pass(c, memory, true, stream,
+      each_pass(c, memory, !pairs, stream,
                 [&](const TileCall& pass, TileRoom& room, unsigned tiles, int slots) {
+                  if (pairs) return mixture_backward_pairs(pass, room, tiles, pairs_room, stream);
                   mixture_backward_rows(pass, room, tiles, slots, stream);
                   if (pass.p == nullptr && pass.d_weight == nullptr) return;
                   const int chunks = has_factors(pass) ? chunks_of(pass) : 1;
@@ -415,10 +443,11 @@ void tiles_backward(TileCall c, void* memory, cudaStream_t stream) {
                       pass, room, chunks);
                   launched("mixture_backward p");
                 });
-  if (c.d_gate_b == nullptr && c.d_up_b == nullptr && c.d_down_a == nullptr &&
-      c.d_gate_scale == nullptr && c.d_up_scale == nullptr)
-    return;
-  mixture_backward_columns(c, room, stream);
+  if (pairs) return c.row_dots != nullptr;
+  if (c.d_gate_b != nullptr || c.d_up_b != nullptr || c.d_down_a != nullptr ||
+      c.d_gate_scale != nullptr || c.d_up_scale != nullptr)
+    mixture_backward_columns(c, room, stream);
+  return false;
 }
 
 }  // namespace mixlora::cuda

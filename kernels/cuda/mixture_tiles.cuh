@@ -33,6 +33,13 @@ void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, in
 void mixture_backward_rows(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream);
 void mixture_backward_columns(const TileCall& c, const TileRoom& room, cudaStream_t stream);
+/// All of backward in one pass, without teams, of what pairs_take: two slots. `memory` has
+/// pairs_bytes(), TileRoom::sums pairs_sums() numbers.
+bool pairs_take(const TileCall& c);
+Index pairs_sums(const TileCall& c, int tiles);
+std::size_t pairs_bytes(const TileCall& c);
+void mixture_backward_pairs(const TileCall& c, TileRoom& room, unsigned tiles, void* memory,
+                            cudaStream_t stream);
 
 __host__ __device__ inline bool has_factors(const TileCall& c) {
   return c.gate_b != nullptr || c.up_b != nullptr || c.down_a != nullptr;
@@ -112,10 +119,13 @@ constexpr int kTeam = 4, kTeamColumns = 2 * kColumns, kTeamRows = kTeam * kRows;
 inline int likely_pairs(const TileCall& c) {
   return c.expert == nullptr ? 1 : c.slots == 2 ? c.experts * (c.experts - 1) / 2 : c.experts;
 }
-inline bool in_teams(const TileCall& c) {
+/// Whether rows fill the tiles of most pairs of experts.
+inline bool fills_tiles(const TileCall& c) {
   constexpr Index kLeast = 1024, kLeastOfPair = 48;
-  return is_whole(c) && chunks_of(c) == 1 && c.width % kTeamColumns == 0 && c.rows >= kLeast &&
-         c.rows >= kLeastOfPair * likely_pairs(c);
+  return c.rows >= kLeast && c.rows >= kLeastOfPair * likely_pairs(c);
+}
+inline bool in_teams(const TileCall& c) {
+  return is_whole(c) && chunks_of(c) == 1 && c.width % kTeamColumns == 0 && fills_tiles(c);
 }
 
 /// How the blocks of a team's kernel, as many as run together, share its work: each takes an equal
