@@ -699,8 +699,8 @@ Sums sums_of(const TileCall& c, void* memory, std::size_t& bytes) {
 
 bool pairs_take(const TileCall& c) {
   return c.slots == kSlots && c.expert != nullptr && is_whole(c) && c.d_out != nullptr &&
-         has_scales(c) == c.per_slot && chunks_of(c) == 1 && c.width % kBlockColumns == 0 &&
-         fills_tiles(c) && fit_for(c).together > 0;
+         has_scales(c) == c.per_slot && (c.per_slot || c.z_in != nullptr) && chunks_of(c) == 1 &&
+         c.width % kBlockColumns == 0 && fills_tiles(c) && fit_for(c).together > 0;
 }
 Index pairs_sums(const TileCall& c, int tiles) {
   return tiles * (c.width / kBlockColumns) *
