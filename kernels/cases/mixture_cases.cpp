@@ -323,6 +323,7 @@ void add_mixture_cases(std::vector<OpCase>& t) {
       {"LoRA 2200x512 r8", 2200, 512, 1, 1, 8, true, true, true, false, false, 0.05F},
       {"MixLoRA 1600x512 E4 K2 r8", 1600, 512, 4, 2, 8, true, true, true, false, false, 0.05F},
       {"MixLoRA 1500x768 E8 K2 r16", 1500, 768, 8, 2, 16, true, true, true, false, false, 0.05F},
+      {"MixLoRA 1100x192 E3 K2 r16", 1100, 192, 3, 2, 16, true, true, true, false, false, 0.05F},
       {"DoRA 1100x192 r16", 1100, 192, 1, 1, 16, true, true, true, true, false, 0.05F},
       {"MixDoRA 1100x128 E3 K2 r16", 1100, 128, 3, 2, 16, true, true, true, true, true, 0.05F},
       {"MixDoRA 1500x512 E5 K2 r16", 1500, 512, 5, 2, 16, true, true, true, true, true, 0.05F},

@@ -1,6 +1,7 @@
 // d_y B and d_y^T a in one pass over d_y, several matrices at once (q, k, v); DoRA's scale of
 // columns on the way.
 #include <algorithm>
+#include <vector>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/rank_tiles.cuh"
@@ -338,8 +339,16 @@ void CudaBackend::lora_b_backward(std::span<const LowRankBackward> all, float s)
   for (const LowRankBackward& x : all)
     fits = fits && takes(x, rows, rank) && static_cast<bool>(x.scaled.scale) == scaled &&
            (!scaled || takes(x.scaled, rows, x.d_y.cols()));
-  if (scaled) fits = fits && std::max(kShared<1, true>, kShared<2, true>) <= cuda::most_shared();
   if (!fits) return Backend::lora_b_backward(all, s);
+  if (scaled && (rank > 16 ? kShared<2, true> : kShared<1, true>) > cuda::most_shared()) {
+    std::vector<LowRankBackward> plain;
+    for (const LowRankBackward& x : all) {
+      const ScaledColumns& c = x.scaled;
+      scale_columns_backward(c.d_core, c.d_scale, x.d_y, c.core, c.scale);
+      plain.push_back({x.d_b, x.d_a, c.d_core, x.a, x.b});
+    }
+    return lora_b_backward(plain, s);
+  }
 
   Call m{};
   m.count = static_cast<int>(all.size());

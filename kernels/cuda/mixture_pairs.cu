@@ -8,148 +8,11 @@
 #include <algorithm>
 #include <map>
 
-#include "kernels/cuda/mixture_tiles.cuh"
+#include "kernels/cuda/mixture_pairs.cuh"
 
 namespace mixlora::cuda {
+namespace pairs {
 namespace {
-
-constexpr int kWarps = 8, kThreads = kWarps * kWarp, kBlockColumns = kWarps * kColumns, kSlots = 2;
-
-/// A thread's place, asked anew where it is used: what follows from it is not kept in registers
-/// from tile to tile.
-struct Place {
-  int warp, lane;
-  __device__ Place() {
-    int thread;
-    asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
-    warp = thread / kWarp, lane = thread % kWarp;
-  }
-};
-
-/// A number that all lanes have, in one register of the warp.
-__device__ int uniform(int x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kAll, x);
-#else
-  return x;
-#endif
-}
-
-/// The rows of four tiles in shared memory (-1: none), which are on their way three tiles before a
-/// tile is worked on, and their experts and weights, as they come, two.
-struct TileLists {
-  static constexpr int kEach = 20 * kRows, kBytes = 4 * kEach;
-  std::byte* at;
-  int end;  // the block's tiles
-
-  __device__ std::byte* of(int tile) const { return at + tile % 4 * kEach; }
-  __device__ int own(int tile, int i) const {
-    return reinterpret_cast<const std::int32_t*>(of(tile))[i];
-  }
-  /// A row that is not there is the tile's first one; nothing is written for it.
-  __device__ int row(int tile, int i) const {
-    const int n = own(tile, i);
-    return n < 0 ? own(tile, 0) : n;
-  }
-  __device__ int2 experts(int tile, int i) const {
-    return reinterpret_cast<const int2*>(of(tile) + 4 * kRows)[i];
-  }
-  /// The weight of the slot k, the one with the lower expert first.
-  __device__ float weight(int tile, int i, int k) const {
-    const int2 chosen = experts(tile, i);
-    const float2 w = reinterpret_cast<const float2*>(of(tile) + 12 * kRows)[i];
-    return (chosen.x > chosen.y) == (k == 0) ? w.y : w.x;
-  }
-  /// Where what lies apart by slots has a row's slot k.
-  __device__ int slot_row(int tile, int i, int k, int rows) const {
-    const int2 chosen = experts(tile, i);
-    return (chosen.x > chosen.y ? kSlots - 1 - k : k) * rows + row(tile, i);
-  }
-  /// The experts of a tile, the lower first; -1: none.
-  __device__ int2 pair(int tile) const {
-    const int2 chosen = experts(tile, 0);
-    return make_int2(uniform(min(chosen.x, chosen.y)), uniform(max(chosen.x, chosen.y)));
-  }
-
-  __device__ void fetch_rows(const TileCall& m, int tile, Place here) const {
-    if (here.warp == kWarps - 1 && here.lane < kRows / 4 && tile < end)
-      fetch16(shared_address(of(tile)) + static_cast<std::uint32_t>(16 * here.lane),
-              m.order + tile * kRows + 4 * here.lane);
-  }
-  __device__ void fetch_choice(const TileCall& m, int tile, Place here) const {
-    if (here.warp != kWarps - 1 || tile >= end) return;
-    const int i = here.lane % kRows, n = row(tile, i);
-    const bool weights = here.lane >= kRows;
-    std::byte* to = of(tile) + (weights ? 12 : 4) * kRows + 8 * i;
-    if (!weights || m.weight != nullptr)
-      fetch8(shared_address(to),
-             weights ? static_cast<const void*>(m.weight + kSlots * n) : m.expert + kSlots * n);
-    else
-      *reinterpret_cast<float2*>(to) = make_float2(1, 1);
-  }
-  /// The lists of the block's first tiles; all threads.
-  __device__ void begin(const TileCall& m, int first) const {
-    const auto settle = [] {
-      fetch_commit();
-      fetch_wait<0>();
-      __syncthreads();
-    };
-    for (int i = 0; i < 3; ++i) fetch_rows(m, first + i, Place());
-    settle();
-    for (int i = 0; i < 2; ++i) fetch_choice(m, first + i, Place());
-    settle();
-  }
-};
-
-/// Where a thread's 16 bytes of a tile's row 2 warp go in a stage whose warps' columns are `Side`
-/// bytes apart, 512 bytes of a row together; row 2 warp + 1 is 64 bytes on.
-template <int Side> __device__ std::uint32_t piece_of(Place here) {
-  return static_cast<std::uint32_t>(here.lane / 4 * Side + here.warp / 4 * kPiece +
-                                    here.warp % 4 * 128 + 16 * (here.lane % 4));
-}
-/// B1, B3 and A2 of 32 columns of an expert, and with scales those of gate and up behind them.
-template <bool Scaled>
-__device__ void fetch_factors(std::uint32_t to, const TileCall& m, const TileRoom& room, int expert,
-                              int column, int lane) {
-  const int at = max(expert, 0) * static_cast<int>(m.width) + column;
-  fetch_factor<1>(to, m.gate_b + at * m.rank, m.rank, lane);
-  fetch_factor<1>(to + kFactorBytes, m.up_b + at * m.rank, m.rank, lane);
-  fetch_factor<1>(to + 2 * kFactorBytes, room.down_t + at * m.rank, m.rank, lane);
-  if constexpr (Scaled) fetch_scales(to + 3 * kFactorBytes, m, at, lane);
-}
-
-constexpr int kFragments = kSlots * 4;  // of p
-
-/// A block's shared memory: B1, B3 and A2 of each warp's columns (and DoRA's scales of gate and
-/// up), of each slot twice, for this tile and the next; two stages; where the warps' sums of a
-/// tile's rows meet, twice where there is room; lists of four tiles' rows.
-///
-/// A stage: of every warp's columns c1, c3 and d_out (with scales each slot's) of rows g and g + 8,
-/// the warps' apart by a few banks; of each slot the 16 rows' a of gate and up, and q; ids.
-/// Sums of rows: eight fragments of p, then by rows d_weight of each slot and <u, d u> of both
-/// (with scales <v, d v> too).
-template <bool Scaled> struct Room {
-  static constexpr int kPieces = Scaled ? 8 : 6, kSide = kPieces * kPiece + 64,
-                       kRanks = kWarps * kSide, kIds = kRanks + kSlots * 3 * kPiece,
-                       kStage = kIds + kPiece / 2;
-  static constexpr int kOwn = 3 * kFactorBytes + (Scaled ? kScaleBytes : 0),
-                       kFactors = kWarps * kOwn, kRing = kSlots * 2 * kFactors,
-                       kMeeting = kRing + 2 * kStage, kMeetings = Scaled ? 1 : 2,
-                       kByRow = Scaled ? 1 : kSlots + 1, kRowSums = kWarps * kFragments * kPiece,
-                       kMeetingBytes = kRowSums + kWarps * kByRow * kRows * 4,
-                       kLists = kMeeting + kMeetings * kMeetingBytes,
-                       kBytes = kLists + TileLists::kBytes;
-  /// What a block leaves of a tile at TileRoom::sums: the fragments, the sums by row.
-  static constexpr int kPlace = kFragments * kFragment + kByRow * kRows;
-};
-
-/// What blocks leave of the gradients: (split, E F R) of B1, of B3, of A2, (split, E F) of either
-/// scale, and for each split the experts that have any.
-struct Sums {
-  float *b1, *b3, *a2, *scale1, *scale3;
-  std::uint32_t* seen;
-  int splits;
-};
 
 /// Adds to what this thread alone wrote, in the order of its calls.
 __device__ void add2(float* to, float x, float y) {
@@ -536,132 +399,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (blockIdx.x == 0 && threadIdx.x == 0) out.seen[split] = seen;
 }
 
-/// A tile's p, d_weight and row_dots, of all blocks' columns in their order. A warp a fragment of
-/// p; one more the sums by row, a lane a row and slot.
-constexpr int kFinishWarps = kFragments + 1, kFinishThreads = kFinishWarps * kWarp;
-template <bool Scaled>
-__device__ void finish_rows(const TileCall& m, const TileRoom& room, int tile) {
-  if (tile >= *m.tiles) return;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  const float* place = room.sums + static_cast<Index>(tile) * room.splits * Room<Scaled>::kPlace;
-  if (warp < kFragments) {
-    const auto rows = tile_of<kSlots>(m, tile, lane / 4);
-    const int e = warp < kFragments / 2 ? rows.expert[0] : rows.expert[1];
-    if (e < 0) return;
-    const auto* from = reinterpret_cast<const float4*>(place) + warp * kWarp + lane;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int i = 0; i < room.splits; ++i) {
-      const float4 part = from[i * (Room<Scaled>::kPlace / 4)];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    const int up = warp / 2 % 2, r = 8 * (warp % 2) + 2 * (lane % 4);
-    if (r >= m.rank) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (rows.live[h])
-        *reinterpret_cast<unsigned*>(m.p + ((rows.row[h] * 2 + up) * m.experts + e) * m.rank + r) =
-            h == 0 ? pack2(m.scale * sum.x, m.scale * sum.y)
-                   : pack2(m.scale * sum.z, m.scale * sum.w);
-    return;
-  }
-  const int i = lane % kRows, k = lane / kRows;
-  const bool live = m.order[tile * kRows + i] >= 0;
-  const int row = live ? m.order[tile * kRows + i] : 0;
-  const float* from = place + kFragments * kFragment + i;
-  float sum = 0, dot = 0;
-#pragma unroll 8
-  for (int j = 0; j < room.splits; ++j) {
-    if constexpr (!Scaled) sum += from[j * Room<Scaled>::kPlace + k * kRows];
-    dot += from[j * Room<Scaled>::kPlace + (Room<Scaled>::kByRow - 1) * kRows];
-  }
-  if constexpr (!Scaled) {
-    // Where the slot was before its row's lower expert came first.
-    const int at =
-        row * kSlots + (m.expert[row * kSlots] > m.expert[row * kSlots + 1] ? kSlots - 1 - k : k);
-    const int e = m.expert[at];
-    const float weight = m.weight_of(row, at % kSlots);
-    if (e >= 0) {
-      const auto *z = reinterpret_cast<const uint4*>(m.z_in + at * m.rank),
-                 *to = reinterpret_cast<const uint4*>(m.q + (row * m.experts + e) * m.rank);
-      for (int r = 0; r < m.rank / 8; ++r) {
-        const Eight x = unpacked(Packed<Number>{{z[r]}}), y = unpacked(Packed<Number>{{to[r]}});
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum += x.v[j] * y.v[j];
-      }
-    }
-    if (live && m.d_weight != nullptr) m.d_weight[at] = e < 0 && weight == 0 ? 0.0F : sum;
-    // <v, d v> of a slot is its weight's gradient times the weight.
-    const float first = weight * sum;
-    dot += first + __shfl_down_sync(kAll, first, kRows);
-  }
-  if (live && k == 0 && m.row_dots != nullptr) m.row_dots[row] = dot;
-}
-/// B1, B3 and A2 += the splits' sums, and the scales; four numbers a thread.
-template <bool Scaled>
-__device__ void finish_gradients(const TileCall& m, const Sums& in, Index unit) {
-  const Index one = m.width * m.rank / 4, quads = m.experts * one;
-  const auto which = static_cast<int>(unit / quads);
-  const auto add = [&](float* grads, const float* parts, Index i, Index of_expert) {
-    if (grads == nullptr || i >= m.experts * of_expert) return;
-    const auto e = static_cast<int>(i / of_expert);
-    auto* to = reinterpret_cast<float4*>(grads) + i;
-    const auto* from = reinterpret_cast<const float4*>(parts) + i;
-    float4 sum = make_float4(0, 0, 0, 0), old = *to;
-#pragma unroll 4
-    for (int s = 0; s < in.splits; ++s) {
-      if ((in.seen[s] >> e & 1) == 0) continue;
-      const float4 part = from[s * m.experts * of_expert];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    *to = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
-  };
-  if (which < 3) {
-    add(which == 0   ? m.d_gate_b
-        : which == 1 ? m.d_up_b
-                     : m.d_down_a,
-        which == 0   ? in.b1
-        : which == 1 ? in.b3
-                     : in.a2,
-        unit % quads, one);
-  } else if constexpr (Scaled) {
-    const Index i = unit - 3 * quads, each = m.experts * m.width / 4;
-    if (i < each)
-      add(m.d_gate_scale, in.scale1, i, m.width / 4);
-    else
-      add(m.d_up_scale, in.scale3, i - each, m.width / 4);
-  }
-}
-/// grid (tiles, then the gradients' parts)
-template <bool Scaled>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ TileCall m, const __grid_constant__ TileRoom room,
-                  const __grid_constant__ Sums in, int tiles) {
-  const auto block = static_cast<int>(blockIdx.x);
-  if (block < tiles)
-    finish_rows<Scaled>(m, room, block);
-  else
-    finish_gradients<Scaled>(m, in,
-                             static_cast<Index>(block - tiles) * kFinishThreads + threadIdx.x);
-}
+constexpr Index kMostBytes = Index{128} << 20;  // of sums
 
+Index row_sums(const TileCall& c, int tiles) {
+  return tiles * (c.width / kBlockColumns) *
+         (has_scales(c) ? Room<true>::kPlace : Room<false>::kPlace);
+}
+/// Numbers that `splits` runs of tiles leave of the gradients, and a word each.
+Index gradient_sums(const TileCall& c, int splits) {
+  return splits * (c.experts * c.width * (3 * c.rank + (has_scales(c) ? 2 : 0)) + 1);
+}
 /// Into how many runs of tiles a block's way is cut, so that the device's last round of blocks is
-/// not a short one: rounds times what a block takes, in tiles and its beginning and end.
+/// not a short one: rounds times what a block takes, in tiles and its beginning and end; 0 where
+/// the sums of not even one run fit.
 int splits_of(const TileCall& c, int together) {
   constexpr int kAround = 8, kMost = 8;
   const int tiles = static_cast<int>(c.rows / kRows) + likely_pairs(c) / 2,
             blocks = static_cast<int>(c.width) / kBlockColumns;
-  int best = 1, least = 0;
+  const Index rows = row_sums(c, most_tiles(c, kSlots, 1));
+  int best = 0, least = 0;
   for (int s = 1; s <= std::min(tiles, kMost); ++s) {
+    if ((rows + gradient_sums(c, s)) * Index{sizeof(float)} > kMostBytes) break;
     const int time = ceil_div(blocks * s, together) * (ceil_div(tiles, s) + kAround);
     if (s == 1 || time < least) best = s, least = time;
   }
   return best;
 }
+
 /// A kernel's blocks of kThreads with `bytes` of shared memory: none together where they do not
 /// fit; asked of the driver once for each kernel and device.
-Fit fit(const void* kernel, int bytes) {
+Fit fit_of_block(const void* kernel, int bytes) {
   thread_local std::map<std::pair<const void*, int>, Fit> known;
   int device = 0, processors = 0, blocks = 0;
   check(cudaGetDevice(&device), "the device");
@@ -679,10 +446,11 @@ Fit fit(const void* kernel, int bytes) {
 }
 Fit fit_for(const TileCall& c) {
   return has_scales(c)
-             ? fit(reinterpret_cast<const void*>(pairs_kernel<true>), Room<true>::kBytes)
-             : fit(reinterpret_cast<const void*>(pairs_kernel<false>), Room<false>::kBytes);
+             ? fit_of_block(reinterpret_cast<const void*>(pairs_kernel<true>), Room<true>::kBytes)
+             : fit_of_block(reinterpret_cast<const void*>(pairs_kernel<false>),
+                            Room<false>::kBytes);
 }
-Sums sums_of(const TileCall& c, void* memory, std::size_t& bytes) {
+Sums sums_of(const TileCall& c, void* memory) {
   Sums s{};
   s.splits = splits_of(c, fit_for(c).together);
   const Index count = s.splits * c.experts * c.width * c.rank;
@@ -691,44 +459,38 @@ Sums sums_of(const TileCall& c, void* memory, std::size_t& bytes) {
   if (has_scales(c))
     for (float** part : {&s.scale1, &s.scale3}) *part = at, at += count / c.rank;
   s.seen = reinterpret_cast<std::uint32_t*>(at);
-  bytes = static_cast<std::size_t>(at - static_cast<float*>(memory) + s.splits) * sizeof(float);
   return s;
 }
 
 }  // namespace
+}  // namespace pairs
 
 bool pairs_take(const TileCall& c) {
-  return c.slots == kSlots && c.expert != nullptr && is_whole(c) && c.d_out != nullptr &&
-         has_scales(c) == c.per_slot && (c.per_slot || c.z_in != nullptr) && chunks_of(c) == 1 &&
-         c.width % kBlockColumns == 0 && fills_tiles(c) && fit_for(c).together > 0;
+  if (c.slots != pairs::kSlots || c.expert == nullptr || !is_whole(c) || c.d_out == nullptr ||
+      has_scales(c) != c.per_slot || !(c.per_slot || c.z_in != nullptr) || chunks_of(c) != 1 ||
+      c.width % pairs::kBlockColumns != 0 || !fills_tiles(c))
+    return false;
+  const int together = pairs::fit_for(c).together;
+  return together > 0 && pairs::splits_of(c, together) > 0;
 }
-Index pairs_sums(const TileCall& c, int tiles) {
-  return tiles * (c.width / kBlockColumns) *
-         (has_scales(c) ? Room<true>::kPlace : Room<false>::kPlace);
-}
+Index pairs_sums(const TileCall& c, int tiles) { return pairs::row_sums(c, tiles); }
 std::size_t pairs_bytes(const TileCall& c) {
-  std::size_t bytes = 0;
-  sums_of(c, nullptr, bytes);
-  return bytes;
+  return sizeof(float) * static_cast<std::size_t>(pairs::gradient_sums(
+                             c, pairs::splits_of(c, pairs::fit_for(c).together)));
 }
 void mixture_backward_pairs(const TileCall& c, TileRoom& room, unsigned tiles, void* memory,
                             cudaStream_t stream) {
-  std::size_t bytes = 0;
-  const Sums s = sums_of(c, memory, bytes);
-  room.splits = static_cast<int>(c.width) / kBlockColumns;
-  const auto launch = [&](auto scaled) {
-    launch_warps(pairs_kernel<scaled()>, fit_for(c),
-                 dim3(static_cast<unsigned>(room.splits), static_cast<unsigned>(s.splits)), stream,
-                 "mixture_backward of pairs", c, room, s);
-    const Index units = c.experts * c.width * (3 * c.rank + (scaled() ? 2 : 0)) / 4;
-    finish_kernel<scaled()><<<tiles + static_cast<unsigned>(ceil_div<Index>(units, kFinishThreads)),
-                              kFinishThreads, 0, stream>>>(c, room, s, static_cast<int>(tiles));
-  };
+  const pairs::Sums s = pairs::sums_of(c, memory);
+  room.splits = static_cast<int>(c.width) / pairs::kBlockColumns;
+  const Fit fit = pairs::fit_for(c);
+  const dim3 grid(static_cast<unsigned>(room.splits), static_cast<unsigned>(s.splits));
   if (has_scales(c))
-    launch(std::true_type{});
+    launch_warps(pairs::pairs_kernel<true>, fit, grid, stream, "mixture_backward of pairs", c, room,
+                 s);
   else
-    launch(std::false_type{});
-  launched("mixture_backward of pairs");
+    launch_warps(pairs::pairs_kernel<false>, fit, grid, stream, "mixture_backward of pairs", c,
+                 room, s);
+  pairs::finish(c, room, s, tiles, stream);
 }
 
 }  // namespace mixlora::cuda

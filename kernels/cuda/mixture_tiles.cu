@@ -17,7 +17,7 @@ namespace mixlora::cuda {
 namespace {
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / kWarp;
-constexpr int kMostExperts = 32;  // the sort's counters of all pairs fit in shared memory
+constexpr int kMostExperts = 32;
 
 // ---- order ---------------------------------------------------------------------------------
 
@@ -98,21 +98,24 @@ __device__ int counting_sort(std::int32_t* order, std::int32_t* begin, const Sor
   return end;
 }
 
+/// Bytes of a sort's counters; bytes that they and the keys may take.
+Index counted_bytes(int keys) {
+  return static_cast<Index>(sizeof(std::int32_t)) * (kSortWarps + 1) * keys;
+}
+int most_sorted() {
+  constexpr int kStatic = 64;  // what the kernel has besides
+  return most_shared() - kStatic;
+}
+
 /// Where one pass's order and the lists of pairs lie in the call's working memory.
 struct OrderRoom {
   std::int32_t *order, *tiles, *pairs, *pair_begin, *work;
   int most_tiles;
 };
-int keys_of(int slots, int experts) {
-  return slots == 2 ? (experts + 1) * (experts + 1) : experts + 1;
-}
 /// Whether a call goes in teams: not a backward of pairs in one pass.
 bool takes_teams(const TileCall& c) { return in_teams(c) && !pairs_take(c); }
-/// Of a call with a choice, of tiles that stand alone or in teams of one pair.
 int most_tiles(const TileCall& c, int slots = 2) {
-  const auto keys = std::min<Index>(c.rows, keys_of(slots, c.experts));
-  const Index team = takes_teams(c) ? kTeam : 1;
-  return static_cast<int>((c.rows / (team * kRows) + keys + 1) * team);
+  return most_tiles(c, slots, takes_teams(c) ? kTeam : 1);
 }
 
 /// A2 of every expert by columns, (E, F, R) from (E, R, F): a unit is two columns of eight ranks.
@@ -377,10 +380,9 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
     const int turned = c.down_a != nullptr && first == 0 ? ceil_div(down.units(), kSortThreads) : 0;
     if (sorts + turned > 0) {
       const int most_keys = sorts > 0 ? std::max(keys, c.experts + 1) : 0;
-      const Index counted = sizeof(std::int32_t) * (kSortWarps + 1) * most_keys,
+      const Index counted = counted_bytes(most_keys),
                   all = counted + sizeof(std::int16_t) * (sorts > 1 ? c.slots : 1) * c.rows;
-      constexpr int kStatic = 64;  // what the kernel has besides
-      const int most = most_shared() - kStatic;
+      const int most = most_sorted();
       const bool held = sorts > 0 && all <= most;
       const auto shared = static_cast<std::size_t>(held ? all : counted);
       admit_shared(reinterpret_cast<const void*>(order_kernel), most);
@@ -403,10 +405,13 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
 }  // namespace
 
 bool tiles_take(const TileCall& c) {
+  const int keys = keys_of(std::min(c.slots, 2), c.experts);
   constexpr Index limit = Index{1} << 31;  // places are 32-bit numbers
   const bool ranks = has_factors(c) ? c.rank % 8 == 0 && c.rank <= 80 : !has_scales(c);
   return ranks && c.activation == Activation::silu && c.width % kColumns == 0 &&
-         c.experts <= kMostExperts && c.rows * c.width * std::max(2, c.slots) < limit &&
+         c.experts <= kMostExperts &&
+         (c.expert == nullptr || counted_bytes(keys) <= most_sorted()) &&
+         c.rows * c.width * std::max(2, c.slots) < limit &&
          c.experts * c.width * std::max(c.rank, 1) < limit &&
          2 * c.rows * c.experts * c.slots * std::max(c.rank, 1) < limit && aligned(c.gate_up) &&
          aligned(c.a) && aligned(c.gate_b) && aligned(c.up_b) && aligned(c.down_a) &&

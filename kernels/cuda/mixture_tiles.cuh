@@ -16,7 +16,7 @@ struct TileRoom {
   float* sums;
   int splits;
   bool apart;                // each warp has a tile of its own
-  bool team;                 // and all of a block's have the same experts: in_teams(call)
+  bool team;                 // and all of a block's have the same experts
   const std::int32_t* work;  // of teams: units before each one, and of all (TeamWork)
   int blocks;                // of teams
 
@@ -118,6 +118,15 @@ template <int K> __device__ Tile<K> tile_of(const TileCall& m, int index, int g)
 constexpr int kTeam = 4, kTeamColumns = 2 * kColumns, kTeamRows = kTeam * kRows;
 inline int likely_pairs(const TileCall& c) {
   return c.expert == nullptr ? 1 : c.slots == 2 ? c.experts * (c.experts - 1) / 2 : c.experts;
+}
+/// What the order sorts by: the experts of a pass's slots, none among them.
+inline int keys_of(int slots, int experts) {
+  return slots == 2 ? (experts + 1) * (experts + 1) : experts + 1;
+}
+/// Tiles that a pass of a call with a choice has at most, in teams of `team` of one key.
+inline int most_tiles(const TileCall& c, int slots, int team) {
+  const auto keys = std::min<Index>(c.rows, keys_of(slots, c.experts));
+  return static_cast<int>((c.rows / (team * kRows) + keys + 1) * team);
 }
 /// Whether rows fill the tiles of most pairs of experts.
 inline bool fills_tiles(const TileCall& c) {

@@ -305,16 +305,22 @@ void launch(const Call& m, int walkers, int halves, cudaStream_t stream) {
   cuda::launched("the sum behind a mixture");
 }
 
-/// What both operations share: the call but for delta or core, whether it can be taken.
+int shared_of(const Slots& s, bool apart, int halves) {
+  constexpr int kMost = SlotUpdate::kMostExperts;
+  if (s.experts == kMost)
+    return apart ? shared_of<kMost, true>(halves) : shared_of<kMost, false>(halves);
+  return apart ? shared_of<4, true>(halves) : shared_of<4, false>(halves);
+}
+/// What both operations share: the call but for delta or core (`apart`), whether it can be taken.
 bool takes(ConstTensor sum, ConstTensor y, ConstTensor r, ConstTensor x, ConstTensor z,
-           ConstTensor b, const Slots& s, ConstTensor w) {
+           ConstTensor b, const Slots& s, ConstTensor w, bool apart) {
   const auto fits = [&](const auto& t) {
     return t.dtype == DType::bf16 && cuda::by_eights(t) && t.rows() == x.rows() &&
            t.cols() == x.cols();
   };
-  return shared_of<SlotUpdate::kMostExperts, true>(1) <= cuda::most_shared() && fits(sum) &&
-         fits(y) && fits(x) && cuda::by_eights(w) && w.numel() == x.cols() &&
-         r.numel() == x.rows() && r.contiguous() && cuda::takes_slots(z, b, s, x.rows(), x.cols());
+  return shared_of(s, apart, 1) <= cuda::most_shared() && fits(sum) && fits(y) && fits(x) &&
+         cuda::by_eights(w) && w.numel() == x.cols() && r.numel() == x.rows() && r.contiguous() &&
+         cuda::takes_slots(z, b, s, x.rows(), x.cols());
 }
 
 }  // namespace
@@ -325,7 +331,7 @@ void CudaBackend::slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, C
   const Index rows = x.rows(), cols = x.cols();
   if (rows == 0) return;
   const int parts = static_cast<int>(cuda::ceil_div<Index>(cols, SlotUpdate::kBlockColumns));
-  const int wanted = shared_of<SlotUpdate::kMostExperts, true>(kMostHalves),
+  const int wanted = shared_of(s, static_cast<bool>(core), kMostHalves),
             halves = wanted <= cuda::most_shared() ? kMostHalves : 1;
   const Index groups = cuda::ceil_div<Index>(rows, halves * kRows);
   // A block a processor, each with as many rows as the next.
@@ -364,8 +370,8 @@ void CudaBackend::slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, C
 void CudaBackend::add_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, Tensor delta,
                                     ConstTensor z, ConstTensor b, const Slots& s, ConstTensor w,
                                     float eps, Tensor room_for_columns) {
-  if (takes(sum, y, r, x, z, b, s, w) && delta.dtype == DType::bf16 && cuda::by_eights(delta) &&
-      delta.rows() == x.rows() && delta.cols() == x.cols())
+  if (takes(sum, y, r, x, z, b, s, w, false) && delta.dtype == DType::bf16 &&
+      cuda::by_eights(delta) && delta.rows() == x.rows() && delta.cols() == x.cols())
     slots_rmsnorm(sum, y, r, x, delta, {}, z, b, {}, s, w, eps);
   else
     Backend::add_slots_rmsnorm(sum, y, r, x, delta, z, b, s, w, eps, room_for_columns);
@@ -375,7 +381,7 @@ void CudaBackend::combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTen
                                         Tensor core, ConstTensor z, ConstTensor b,
                                         ConstTensor scale, const Slots& s, ConstTensor w, float eps,
                                         Tensor room_for_columns) {
-  if (takes(sum, y, r, x, z, b, s, w) && core.dtype == DType::bf16 && cuda::by_eights(core) &&
+  if (takes(sum, y, r, x, z, b, s, w, true) && core.dtype == DType::bf16 && cuda::by_eights(core) &&
       core.contiguous() && core.numel() == SlotUpdate::kSlots * x.rows() * x.cols() &&
       cuda::by_eights(scale) && scale.contiguous() && scale.rows() == s.experts &&
       scale.cols() == x.cols())

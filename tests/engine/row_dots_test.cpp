@@ -109,7 +109,7 @@ ModelConfig shape() {
   return c;
 }
 
-TrainJob job(Method method) {
+TrainJob dots_job(Method method) {
   TrainJob j;
   j.adapter.method = method;
   j.adapter.r = 16;
@@ -144,7 +144,7 @@ TEST_CASE("a norm is given the dots of its own rows", "[engine][cuda]") {
     Witness ops(make_cuda_backend(Precision::bf16));
     const auto model = Model::random_weights(ops, shape());
     std::vector<TrainJob> jobs;
-    for (const Method m : methods) jobs.push_back(job(m));
+    for (const Method m : methods) jobs.push_back(dots_job(m));
     TrainOptions options;
     TrainObserver observer;
     (void)train(ops, *model, jobs, options, observer);
