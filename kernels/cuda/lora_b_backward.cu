@@ -137,6 +137,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
 #pragma unroll
   for (int i = 0; i + 1 < kStages; ++i) fetch(i, begin + i * kRows);
 
+  // Of a lane as g: the column whose ranks it reads and whose gradients it leaves, of half j of the
+  // eight of tile t.
+  const auto column_of = [&](int t, int j, int k) {
+    return f0 + t * kColumns + g / 2 * 8 + 4 * j + 2 * k + g % 2;
+  };
   // B, columns as the inner dimension: tile, half of a lane's eight columns, eight ranks.
   unsigned b[kOwn][2][2 * C][2];
 #pragma unroll
@@ -147,7 +152,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
       for (int i = 0; i < 2 * C; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const Index column = f0 + t * kColumns + g / 2 * 8 + 4 * j + 2 * k + g % 2;
+          const Index column = column_of(t, j, k);
           const unsigned pair =
               there(t) && 8 * i < rank ? cuda::load_pair(one.b + column * rank + 8 * i + 2 * q) : 0;
           b[t][j][i][k] = cuda::transposed(pair);
@@ -238,8 +243,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksTogether)
       for (int i = 0; i < 2 * C; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int column = f0 + t * kColumns + g / 2 * 8 + 4 * j + 2 * k + g % 2,
-                    r = 8 * i + 2 * q;
+          const int column = column_of(t, j, k), r = 8 * i + 2 * q;
           if (there(t) && r < rank)
             *reinterpret_cast<float2*>(one.d_b_sums +
                                        (static_cast<Index>(split) * one.cols + column) * rank + r) =

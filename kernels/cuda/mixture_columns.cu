@@ -214,21 +214,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
         up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
         dropped[0][h] = pack2(z[0], z[1]), dropped[1][h] = pack2(z[2], z[3]);
       }
-      const auto collect = [&](float(&sums)[2][4], const unsigned(&x)[2][2],
-                               const unsigned(&a)[4]) {
-        const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]), x2 = transposed(x[0][1]),
-                       x3 = transposed(x[1][1]);
-        mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
-        mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
-      };
       if constexpr (Factors) {
-        if (Whole || m.d_gate_b != nullptr) collect(gate_b[pair], gate, a1_t);
-        if (Whole || m.d_up_b != nullptr) collect(up_b[pair], up, a3_t);
+        if (Whole || m.d_gate_b != nullptr) collect_columns(gate_b[pair], gate, a1_t);
+        if (Whole || m.d_up_b != nullptr) collect_columns(up_b[pair], up, a3_t);
         if (Whole || (m.d_down_a != nullptr && down))
-#pragma unroll
-          for (int t = 0; t < 2; ++t)
-            mma(down_a[2 * pair + t], q_t[0], q_t[2], q_t[1], q_t[3], transposed(dropped[t][0]),
-                transposed(dropped[t][1]));
+          collect_turned(down_a + 2 * pair, dropped, q_t);
       }
     }
     __syncwarp();

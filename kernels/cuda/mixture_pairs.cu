@@ -6,7 +6,6 @@
 // the next tile has another expert; then it is added to the block's own sums in memory, without
 // waiting. Traffic of a row: 10 F bytes, and 32 R + 32 for every 256 columns.
 #include <algorithm>
-#include <map>
 
 #include "kernels/cuda/mixture_pairs.cuh"
 
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           weight[h] = live && (there || weight[h] != 0) ? 1.0F : 0.0F;
         }
       }
-      float p[4][4] = {};  // eight ranks of gate's, eight more, then up's
+      float p[2][2][4] = {};  // of gate, of up: eight ranks, eight more
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const std::uint32_t b =
@@ -264,16 +263,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         constexpr int kApart = Scaled ? 2 : 0;
         start(from_out, read_piece(own, 4 + kApart * k, pair, lane),
               read_piece(own, 5 + kApart * k, pair, lane));
-        const auto add = [&](float(&to)[2][4], int which) {
-          unsigned a[4], w[4];
-          read_matrices(a, a_of + static_cast<std::uint32_t>(which * kPiece));
-          read_matrices(w, b + static_cast<std::uint32_t>(which * kFactorBytes));
-          mma(to[0], a[0], a[1], a[2], a[3], w[0], w[1]);
-          mma(to[1], a[0], a[1], a[2], a[3], w[2], w[3]);
-        };
-        add(u, 0);
-        add(v, 1);
-        add(d, 2);
+        add_factor(u, a_of, b);
+        add_factor(v, a_of + kPiece, b + kFactorBytes);
+        add_factor(d, a_of + 2 * kPiece, b + 2 * kFactorBytes);
         unsigned gate[2][2], up[2][2], dropped[2][2], by_scale[Scaled ? 2 : 1][2][2];
         float s1[4], s3[4];
         if constexpr (Scaled)
@@ -318,28 +310,15 @@ __global__ void __launch_bounds__(kThreads, 1)
               by_scale[1][t][h] = pack2(from_y[2 * t], from_y[2 * t + 1]);
             }
         }
-        const auto rows_of = [&](float* sums, const unsigned(&x)[2][2], int which) {
-          collect_ranks<1>(*reinterpret_cast<float(*)[2][4]>(sums), x,
-                           b + static_cast<std::uint32_t>(which * kFactorBytes));
-        };
-        rows_of(p[0], gate, 0);
-        rows_of(p[2], up, 1);
-        const auto columns_of = [&](float(&sums)[2][4], const unsigned(&x)[2][2], int which) {
-          unsigned a[4];
-          read_matrices_trans(a, a_of + static_cast<std::uint32_t>(which * kPiece));
-          const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]),
-                         x2 = transposed(x[0][1]), x3 = transposed(x[1][1]);
-          mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
-          mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
-        };
-        columns_of(b1[k][pair], gate, 0);
-        columns_of(b3[k][pair], up, 1);
+        collect_ranks<1>(p[0], gate, b);
+        collect_ranks<1>(p[1], up, b + kFactorBytes);
         unsigned a[4];
+        read_matrices_trans(a, a_of);
+        collect_columns(b1[k][pair], gate, a);
+        read_matrices_trans(a, a_of + kPiece);
+        collect_columns(b3[k][pair], up, a);
         read_matrices_trans(a, a_of + 2 * kPiece);
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-          mma(a2[k][2 * pair + t], a[0], a[2], a[1], a[3], transposed(dropped[t][0]),
-              transposed(dropped[t][1]));
+        collect_turned(a2[k] + 2 * pair, dropped, a);
         if constexpr (Scaled)
 #pragma unroll
           for (int which = 0; which < 2; ++which) {
@@ -349,32 +328,23 @@ __global__ void __launch_bounds__(kThreads, 1)
                 transposed(x[1][1]), ones, ones);
           }
         if (k + 1 < kSlots) continue;
-          // The lane's c1 and c3 of this pair are read: their place takes the gradients.
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const auto &x = gate_sum[pair], &y = up_sum[pair];
-          auto* to = reinterpret_cast<uint2*>(own + h * kPiece + 16 * lane + 8 * pair);
-          to[0] =
-              make_uint2(pack2(x[0][2 * h], x[0][2 * h + 1]), pack2(x[1][2 * h], x[1][2 * h + 1]));
-          to[2 * kPiece / 8] =
-              make_uint2(pack2(y[0][2 * h], y[0][2 * h + 1]), pack2(y[1][2 * h], y[1][2 * h + 1]));
-        }
+        for (int h = 0; h < 2; ++h)
+          keep_gradients(own, h, pair, lane, packed_row(gate_sum[pair], h),
+                         packed_row(up_sum[pair], h));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         reinterpret_cast<float4*>(meeting)[(warp * kFragments + 4 * k + i) * kWarp + lane] =
-            make_float4(p[i][0], p[i][1], p[i][2], p[i][3]);
+            make_float4(p[i / 2][i % 2][0], p[i / 2][i % 2][1], p[i / 2][i % 2][2],
+                        p[i / 2][i % 2][3]);
       if constexpr (!Scaled) leave_row_sums(k, d_weight);
     }
     leave_row_sums(S::kByRow - 1, dot);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int n = lists.own(tile, g + 8 * h);
-      if (n < 0) continue;
-      const auto* from = reinterpret_cast<const uint4*>(own + h * kPiece + 16 * lane);
-      auto* row = reinterpret_cast<uint4*>(m.d_gate_up + (n * 2 * width + col));
-      row[0] = from[0];
-      row[width / 8] = from[2 * kPiece / 16];
+      if (n >= 0) write_gradients(m.d_gate_up + (n * 2 * width + col), own, h, lane, width);
     }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -426,29 +396,13 @@ int splits_of(const TileCall& c, int together) {
   return best;
 }
 
-/// A kernel's blocks of kThreads with `bytes` of shared memory: none together where they do not
-/// fit; asked of the driver once for each kernel and device.
-Fit fit_of_block(const void* kernel, int bytes) {
-  thread_local std::map<std::pair<const void*, int>, Fit> known;
-  int device = 0, processors = 0, blocks = 0;
-  check(cudaGetDevice(&device), "the device");
-  const auto [found, added] = known.try_emplace({kernel, device}, Fit{kWarps, bytes, 0});
-  if (added && bytes <= most_shared()) {
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-          "processors");
-    admit_shared(kernel, bytes);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads,
-                                                        static_cast<std::size_t>(bytes)),
-          "occupancy");
-    found->second.together = blocks * processors;
-  }
-  return found->second;
-}
+/// How the kernel for a call runs: no blocks together where their shared memory is not there.
 Fit fit_for(const TileCall& c) {
-  return has_scales(c)
-             ? fit_of_block(reinterpret_cast<const void*>(pairs_kernel<true>), Room<true>::kBytes)
-             : fit_of_block(reinterpret_cast<const void*>(pairs_kernel<false>),
-                            Room<false>::kBytes);
+  const int bytes = has_scales(c) ? Room<true>::kBytes : Room<false>::kBytes;
+  if (bytes > most_shared()) return {kWarps, bytes, 0};
+  return fit_of(has_scales(c) ? reinterpret_cast<const void*>(pairs_kernel<true>)
+                              : reinterpret_cast<const void*>(pairs_kernel<false>),
+                bytes, 0, kWarps);
 }
 Sums sums_of(const TileCall& c, void* memory) {
   Sums s{};

@@ -19,13 +19,7 @@ struct Place {
 };
 
 /// A number that all lanes have, in one register of the warp.
-__device__ inline int uniform(int x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kAll, x);
-#else
-  return x;
-#endif
-}
+__device__ inline int uniform(int x) { return __reduce_max_sync(kAll, x); }
 
 /// The rows of four tiles in shared memory (-1: none), which are on their way three tiles before a
 /// tile is worked on, and their experts and weights, as they come, two.

@@ -200,24 +200,13 @@ __device__ __forceinline__ void rows_of(const TileCall& m, const TileRoom& room,
           if (up_too) collect_ranks<C>(*reinterpret_cast<float(*)[2 * C][4]>(p3), up, b + S::kTile);
         }
       }
-      // The lane's c1 and c3 of this pair are read: their place takes the gradients.
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        auto* to = reinterpret_cast<uint2*>(here + h * kPiece + 16 * lane + 8 * pair);
-        to[0] = make_uint2(pack2(gate_sum[0][2 * h], gate_sum[0][2 * h + 1]),
-                           pack2(gate_sum[1][2 * h], gate_sum[1][2 * h + 1]));
-        to[2 * kPiece / 8] = make_uint2(pack2(up_sum[0][2 * h], up_sum[0][2 * h + 1]),
-                                        pack2(up_sum[1][2 * h], up_sum[1][2 * h + 1]));
-      }
+      for (int h = 0; h < 2; ++h)
+        keep_gradients(here, h, pair, lane, packed_row(gate_sum, h), packed_row(up_sum, h));
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (!tile.live[h]) continue;
-      const auto* from = reinterpret_cast<const uint4*>(here + h * kPiece + 16 * lane);
-      auto* row = reinterpret_cast<uint4*>(m.d_gate_up + (gate_up[h] + f0));
-      row[0] = from[0];
-      row[width / 8] = from[2 * kPiece / 16];
-    }
+    for (int h = 0; h < 2; ++h)
+      if (tile.live[h]) write_gradients(m.d_gate_up + (gate_up[h] + f0), here, h, lane, width);
   };
 
   if constexpr (Team)

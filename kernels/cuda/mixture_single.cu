@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     __syncthreads();  // this stage and the last tile's p are there, the other stage is read
     if (first + kRows < end) fetch(stage ^ 1, first + kRows);
     if (first > begin) leave_p(stage ^ 1, first - kRows);
-    float p[4][4] = {};  // eight ranks of gate's, eight more, then up's
+    float p[2][2][4] = {};  // of gate, of up: eight ranks, eight more
     if (there) {
       const std::byte* whole = ring + stage * kStage;
       std::byte* here = ring + stage * kStage + warp * kSide;
@@ -171,16 +171,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         start(v, read_piece(here, 2, pair, lane), read_piece(here, 3, pair, lane));
         start(from_out, read_piece(here, 4, pair, lane), read_piece(here, 5, pair, lane));
         const std::uint32_t b = factors + own_row + static_cast<std::uint32_t>(512 * pair);
-        const auto add = [&](float(&to)[2][4], int which) {
-          unsigned a[4], w[4];
-          read_matrices(a, ranks + static_cast<std::uint32_t>(which * kPiece));
-          read_matrices(w, b + static_cast<std::uint32_t>(which * kFactorBytes));
-          mma(to[0], a[0], a[1], a[2], a[3], w[0], w[1]);
-          mma(to[1], a[0], a[1], a[2], a[3], w[2], w[3]);
-        };
-        add(u, 0);
-        add(v, 1);
-        add(d, 2);
+        add_factor(u, ranks, b);
+        add_factor(v, ranks + kPiece, b + kFactorBytes);
+        add_factor(d, ranks + 2 * kPiece, b + 2 * kFactorBytes);
         unsigned gate[2][2], up[2][2], dropped[2][2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -210,48 +203,31 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
           gate[0][h] = pack2(x[0], x[1]), gate[1][h] = pack2(x[2], x[3]);
           up[0][h] = pack2(y[0], y[1]), up[1][h] = pack2(y[2], y[3]);
           dropped[0][h] = pack2(z[0], z[1]), dropped[1][h] = pack2(z[2], z[3]);
-          // The lane's c1 and c3 of this pair are read: their place takes the gradients.
-          auto* to = reinterpret_cast<uint2*>(here + h * kPiece + 16 * lane + 8 * pair);
-          to[0] = make_uint2(gate[0][h], gate[1][h]);
-          to[2 * kPiece / 8] = make_uint2(up[0][h], up[1][h]);
+          keep_gradients(here, h, pair, lane, make_uint2(gate[0][h], gate[1][h]),
+                         make_uint2(up[0][h], up[1][h]));
         }
-        const auto rows_of = [&](float* sums, const unsigned(&x)[2][2], int which) {
-          collect_ranks<1>(*reinterpret_cast<float(*)[2][4]>(sums), x,
-                           b + static_cast<std::uint32_t>(which * kFactorBytes));
-        };
-        rows_of(p[0], gate, 0);
-        rows_of(p[2], up, 1);
-        const auto columns_of = [&](float(&sums)[2][4], const unsigned(&x)[2][2], int which) {
-          unsigned a[4];
-          read_matrices_trans(a, ranks + static_cast<std::uint32_t>(which * kPiece));
-          const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]),
-                         x2 = transposed(x[0][1]), x3 = transposed(x[1][1]);
-          mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
-          mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
-        };
-        columns_of(b1[pair], gate, 0);
-        columns_of(b3[pair], up, 1);
+        collect_ranks<1>(p[0], gate, b);
+        collect_ranks<1>(p[1], up, b + kFactorBytes);
         unsigned a[4];
-        read_matrices_trans(a, ranks + static_cast<std::uint32_t>(2 * kPiece));
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-          mma(a2[2 * pair + t], a[0], a[2], a[1], a[3], transposed(dropped[t][0]),
-              transposed(dropped[t][1]));
+        read_matrices_trans(a, ranks);
+        collect_columns(b1[pair], gate, a);
+        read_matrices_trans(a, ranks + kPiece);
+        collect_columns(b3[pair], up, a);
+        read_matrices_trans(a, ranks + 2 * kPiece);
+        collect_turned(a2 + 2 * pair, dropped, a);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (!live[h]) continue;
-        const auto* from = reinterpret_cast<const uint4*>(here + h * kPiece + 16 * lane);
-        auto* row = reinterpret_cast<uint4*>(
-            m.d_gate_up + static_cast<Index>(first + g + 8 * h) * 2 * width + col);
-        row[0] = from[0];
-        row[width / 8] = from[2 * kPiece / 16];
+        if (live[h])
+          write_gradients(m.d_gate_up + static_cast<Index>(first + g + 8 * h) * 2 * width + col,
+                          here, h, lane, width);
       }
     }
     float4* turn = meeting + stage * kWarps * 4 * kWarp;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      turn[(warp * 4 + i) * kWarp + lane] = make_float4(p[i][0], p[i][1], p[i][2], p[i][3]);
+      turn[(warp * 4 + i) * kWarp + lane] = make_float4(p[i / 2][i % 2][0], p[i / 2][i % 2][1],
+                                                        p[i / 2][i % 2][2], p[i / 2][i % 2][3]);
     stage ^= 1;
   }
   __syncthreads();

@@ -321,6 +321,22 @@ __device__ inline void read_scales(float (&s1)[4], float (&s3)[4], const std::by
   s3[0] = y.x, s3[1] = y.y, s3[2] = y.z, s3[3] = y.w;
 }
 
+/// A lane's c1 and c3 of a pair of row g + 8 h are read: their place takes d_gate and d_up, packed.
+__device__ inline void keep_gradients(std::byte* pieces, int h, int pair, int lane, uint2 gate,
+                                      uint2 up) {
+  auto* to = reinterpret_cast<uint2*>(pieces + h * kPiece + 16 * lane + 8 * pair);
+  to[0] = gate;
+  to[2 * kPiece / 8] = up;
+}
+/// What keep_gradients has of both pairs, to the lane's columns of d_gate_up's row.
+__device__ inline void write_gradients(Number* row, const std::byte* pieces, int h, int lane,
+                                       int width) {
+  const auto* from = reinterpret_cast<const uint4*>(pieces + h * kPiece + 16 * lane);
+  auto* to = reinterpret_cast<uint4*>(row);
+  to[0] = from[0];
+  to[width / 8] = from[2 * kPiece / 16];
+}
+
 struct Silu {
   float value, slope;
 };

@@ -78,6 +78,12 @@ __device__ void add_factor(float (&u)[2][4], const unsigned (&a)[C][4], std::uin
     mma(u[1], a[c][0], a[c][1], a[c][2], a[c][3], w[2], w[3]);
   }
 }
+/// The same with the rows' sixteen ranks in shared memory, where rank_row points.
+__device__ inline void add_factor(float (&u)[2][4], std::uint32_t ranks, std::uint32_t factor) {
+  unsigned a[1][4];
+  read_matrices(a[0], ranks);
+  add_factor<1>(u, a, factor);
+}
 /// p += x times the factor turned over, of two tiles x: x[t][h] rows g + 8h of tile t.
 template <int C>
 __device__ void collect_ranks(float (&p)[2 * C][4], const unsigned (&x)[2][2],
@@ -89,6 +95,23 @@ __device__ void collect_ranks(float (&p)[2 * C][4], const unsigned (&x)[2][2],
     mma(p[2 * c], x[0][0], x[0][1], x[1][0], x[1][1], w[0], w[2]);
     mma(p[2 * c + 1], x[0][0], x[0][1], x[1][0], x[1][1], w[1], w[3]);
   }
+}
+
+/// Sums by columns, a column a row: += x turned over times the rows' ranks, `a` as
+/// read_matrices_trans gives them, of two tiles x.
+__device__ inline void collect_columns(float (&sums)[2][4], const unsigned (&x)[2][2],
+                                       const unsigned (&a)[4]) {
+  const unsigned x0 = transposed(x[0][0]), x1 = transposed(x[1][0]), x2 = transposed(x[0][1]),
+                 x3 = transposed(x[1][1]);
+  mma(sums[0], x0, x1, x2, x3, a[0], a[1]);
+  mma(sums[1], x0, x1, x2, x3, a[2], a[3]);
+}
+/// The same turned over, a rank a row: the two tiles from `sums` on.
+__device__ inline void collect_turned(float (*sums)[4], const unsigned (&x)[2][2],
+                                      const unsigned (&a)[4]) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+    mma(sums[t], a[0], a[2], a[1], a[3], transposed(x[t][0]), transposed(x[t][1]));
 }
 
 /// 16 rows by 16 C ranks: row r at 32 r bytes, its halves exchanged in rows 4 .. 7 of eight, so
@@ -119,6 +142,10 @@ __device__ inline uint2 read_piece(const std::byte* stage, int i, int pair, int 
 __device__ inline void start(float (&u)[2][4], uint2 row0, uint2 row1) {
   u[0][0] = low(row0.x), u[0][1] = high(row0.x), u[1][0] = low(row0.y), u[1][1] = high(row0.y);
   u[0][2] = low(row1.x), u[0][3] = high(row1.x), u[1][2] = low(row1.y), u[1][3] = high(row1.y);
+}
+/// The other way: two tiles' numbers of row g + 8 h, packed.
+__device__ inline uint2 packed_row(const float (&x)[2][4], int h) {
+  return make_uint2(pack2(x[0][2 * h], x[0][2 * h + 1]), pack2(x[1][2 * h], x[1][2 * h + 1]));
 }
 __device__ inline void write4(Number* p, const unsigned (&x)[4]) {
   *reinterpret_cast<uint4*>(p) = make_uint4(x[0], x[1], x[2], x[3]);
@@ -159,13 +186,13 @@ struct Fit {
   int warps, bytes;  // of a block; shared memory
   int together;      // blocks that the device runs at a time
 };
-/// As many warps a block (at most kMostWarps) as `bytes` and `bytes_a_warp` of shared memory admit;
+/// As many warps a block (at most `warps`) as `bytes` and `bytes_a_warp` of shared memory admit;
 /// asked of the driver once for each kernel.
-inline Fit fit_of(const void* kernel, int bytes, int bytes_a_warp) {
+inline Fit fit_of(const void* kernel, int bytes, int bytes_a_warp, int warps = kMostWarps) {
   thread_local std::map<std::pair<const void*, int>, Fit> known;
   int device = 0, processors = 0, blocks = 0;
   check(cudaGetDevice(&device), "the device");
-  const auto [found, added] = known.try_emplace({kernel, device}, Fit{kMostWarps, 0, 0});
+  const auto [found, added] = known.try_emplace({kernel, device}, Fit{warps, 0, 0});
   Fit& fit = found->second;
   if (!added) return fit;
   const int most = most_shared();
