@@ -327,6 +327,8 @@ void add_mixture_cases(std::vector<OpCase>& t) {
       {"DoRA 1100x192 r16", 1100, 192, 1, 1, 16, true, true, true, true, false, 0.05F},
       {"MixDoRA 1100x128 E3 K2 r16", 1100, 128, 3, 2, 16, true, true, true, true, true, 0.05F},
       {"MixDoRA 1500x512 E5 K2 r16", 1500, 512, 5, 2, 16, true, true, true, true, true, 0.05F},
+      {"MixLoRA 1500x256 E4 K2 r16", 1500, 256, 4, 2, 16, true, true, true},
+      {"LoRA 1100x192 r16", 1100, 192, 1, 1, 16, true, true, true},
       {"LoRA 9x128 r16", 9, 128, 1, 1, 16, true, true, true},
       {"LoRA 75x352 r16", 75, 352, 1, 1, 16, true, true, true, false, false, 0.05F},
       {"DoRA 70x160 r8", 70, 160, 1, 1, 8, true, true, true, true, true, 0.05F},

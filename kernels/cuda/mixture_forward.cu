@@ -14,7 +14,7 @@ template <int C, int K, bool Scaled, bool Factors> struct Stage {
 };
 
 /// The columns of a warp's tile that are the block's; `stage` is a team's.
-template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
+template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team, bool Drops>
 __device__ __forceinline__ void forward_of(const TileCall& m, const TileRoom& room,
                                            std::byte* shared, const Share& own, int& stage) {
   using S = Stage<C, K, Scaled, Factors>;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void forward_of(const TileCall& m, const TileRoom& ro
   const auto tile = tile_of<K>(m, Team && own.idle ? own.tile - own.owner : own.tile, g);
   const bool gate_too = Whole || m.gate_b != nullptr, up_too = Whole || m.up_b != nullptr,
              down = Whole || m.down_a != nullptr;
-  const bool drops = Whole || (m.threshold != 0 && down);
+  const bool drops = Whole ? Drops : m.threshold != 0 && down;
   const bool per_slot = !(Whole && !Scaled) && m.per_slot;
   const std::uint32_t threshold = m.threshold << 16;
   using T = TeamStage<4, K, Scaled>;
@@ -186,8 +186,8 @@ __device__ __forceinline__ void forward_of(const TileCall& m, const TileRoom& ro
 }
 
 /// grid (tiles, splits): a block has one tile of rows, or one a warp, and its share of the columns.
-/// Teams: grid (TileRoom::blocks).
-template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team>
+/// Teams: grid (TileRoom::blocks). Drops: of a whole call, whether it has dropout; others ask.
+template <int C, int K, bool Scaled, bool Factors, bool Whole, bool Team, bool Drops>
 __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
                                                      : K == 1 ? 4
                                                               : 3)
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int stage = 0;
   const auto work = [&](const Share& own) {
-    forward_of<C, K, Scaled, Factors, Whole, Team>(m, room, shared, own, stage);
+    forward_of<C, K, Scaled, Factors, Whole, Team, Drops>(m, room, shared, own, stage);
   };
   if constexpr (Team) {
     each_part(m, room, warp, work);
@@ -211,24 +211,29 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 1    ? 1
 
 void mixture_forward_tiles(const TileCall& c, TileRoom& room, unsigned tiles, int slots,
                            cudaStream_t stream) {
-  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
+  const auto launch = [&](auto chunks, auto k, auto scaled, auto factors, auto whole, auto drops) {
     using S = Stage<chunks(), k(), scaled(), factors()>;
     if constexpr (chunks() == 1 && whole())
       if (room.team) {
         using T = TeamStage<4, k(), scaled()>;
-        auto* kernel = forward_kernel<1, k(), scaled(), true, true, true>;
+        auto* kernel = forward_kernel<1, k(), scaled(), true, true, true, drops()>;
         const Fit fit = team_fit(reinterpret_cast<const void*>(kernel), 2 * T::kBytes);
         room.apart = true;
         room.blocks = std::min(fit.together, kMostBlocks / kTeam - 1);
         return launch_warps(kernel, fit, dim3(static_cast<unsigned>(room.blocks)), stream,
                             "mixture", c, room);
       }
-    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole(), false>;
+    auto* kernel = forward_kernel<chunks(), k(), scaled(), factors(), whole(), false, drops()>;
     const Fit fit = fit_of(reinterpret_cast<const void*>(kernel), 0,
                            std::max(2 * S::kBytes, 2 * k() * chunks() * kFragment * 4));
     const unsigned blocks = share(c, room, tiles, fit);
     launch_warps(kernel, fit, dim3(blocks, static_cast<unsigned>(room.splits)), stream, "mixture",
                  c, room);
+  };
+  with_variant(c, slots, [&](auto chunks, auto k, auto scaled, auto factors, auto whole) {
+    if constexpr (whole())
+      if (c.threshold == 0) return launch(chunks, k, scaled, factors, whole, std::false_type{});
+    launch(chunks, k, scaled, factors, whole, std::true_type{});
   });
 }
 

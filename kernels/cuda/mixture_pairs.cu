@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int k = 0; k < kSlots; ++k)
           fetch16(
               to + static_cast<std::uint32_t>((4 + 2 * k) * kPiece),
-              m.d_out + (lists.slot_row(tile, 2 * warp + h, k, rows) * width + block + 8 * lane));
+              m.d_out + (lists.slot_row(tile, 2 * warp + h, k, rows) * width + block + 8 * lane),
+              lists.there(tile, 2 * warp + h, k));  // else it has no gradient
       else
         fetch16(to + 4 * kPiece, m.d_out + (row * width + block + 8 * lane));
     }
@@ -242,13 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int h = 0; h < 2; ++h) {
         const int4 id = *reinterpret_cast<const int4*>(whole + S::kIds + 16 * (g + 8 * h));
         bits[h] = m.bits(id, max(k == 0 ? pair_here.x : pair_here.y, 0), col / 8);
-        weight[h] = lists.weight(tile, g + 8 * h, k);
-        if constexpr (Scaled) {
-          // A row that is not there has no part in the scales' sums.
-          const bool live = lists.own(tile, g + 8 * h) >= 0;
-          const bool there = (k == 0 ? pair_here.x : pair_here.y) >= 0;
-          weight[h] = live && (there || weight[h] != 0) ? 1.0F : 0.0F;
-        }
+        weight[h] = Scaled ? 1.0F : lists.weight(tile, g + 8 * h, k);
       }
       float p[2][2][4] = {};  // of gate, of up: eight ranks, eight more
 #pragma unroll

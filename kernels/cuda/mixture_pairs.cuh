@@ -46,6 +46,12 @@ struct TileLists {
     const float2 w = reinterpret_cast<const float2*>(of(tile) + 12 * kRows)[i];
     return (chosen.x > chosen.y) == (k == 0) ? w.y : w.x;
   }
+  /// Whether a row has the slot k: an expert, or a weight for none.
+  __device__ bool there(int tile, int i, int k) const {
+    const int2 chosen = experts(tile, i);
+    const int e = k == 0 ? min(chosen.x, chosen.y) : max(chosen.x, chosen.y);
+    return own(tile, i) >= 0 && (e >= 0 || weight(tile, i, k) != 0);
+  }
   /// Where what lies apart by slots has a row's slot k.
   __device__ int slot_row(int tile, int i, int k, int rows) const {
     const int2 chosen = experts(tile, i);

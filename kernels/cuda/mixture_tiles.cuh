@@ -47,7 +47,7 @@ __host__ __device__ inline bool has_factors(const TileCall& c) {
 __host__ __device__ inline bool has_scales(const TileCall& c) {
   return c.gate_scale != nullptr || c.up_scale != nullptr;
 }
-/// A training step's usual call: all three factors (and all that goes with them), dropout, one
+/// The usual call: all three factors (and all that goes with them), with dropout or without, one
 /// pass of one or two slots, added up unless there are scales. Kernels compiled for it have no
 /// branches in their loops.
 inline bool is_whole(const TileCall& c) {
@@ -55,7 +55,7 @@ inline bool is_whole(const TileCall& c) {
   const bool scales = c.gate_scale != nullptr && c.up_scale != nullptr;
   const bool backward = c.q != nullptr && c.p != nullptr && c.d_gate_b != nullptr &&
                         c.d_up_b != nullptr && c.d_down_a != nullptr;
-  return there && (has_scales(c) ? scales : !c.per_slot) && c.threshold != 0 && !c.adds &&
+  return there && (has_scales(c) ? scales : !c.per_slot) && c.ids != nullptr && !c.adds &&
          c.slots <= 2 && (c.d_out == nullptr || backward);
 }
 constexpr int kTogether = 2;  // two slots go together up to so many sixteens of ranks
