@@ -156,6 +156,8 @@ class CudaBackend final : public Backend {
     std::byte *at_, *end_;
   };
   Room room() const;
+  /// A counter for a kernel that wants to know its last block: 0 between calls.
+  unsigned* arrived() const;
   /// lora_a_router_backward, x by a norm where w and r are there; the norm's backward with it where
   /// d_input, its d_x, is. False when other kernels must.
   bool with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTensor d_a, ConstTensor d_logits,

@@ -13,6 +13,7 @@ namespace {
 
 using cuda::check;
 constexpr std::size_t kRoomBytes = std::size_t{160} << 20;
+constexpr std::size_t kCounterBytes = 256;
 constexpr std::size_t kStagingBytes = std::size_t{8} << 20;
 constexpr int kOldest = 80;  // bf16 in the tensor cores
 
@@ -91,7 +92,7 @@ CudaBackend::CudaBackend(Precision precision, int device)
   check(cudaSetDevice(device), "cudaSetDevice");
   check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), "attributes");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
-  workspace_ = allocate(kRoomBytes + Products::kWorkspaceBytes);
+  workspace_ = allocate(workspace_bytes());
   for (Staging& s : staging_) {
     check(cudaMallocHost(&s.data, kStagingBytes), "pinned host memory");
     check(cudaEventCreateWithFlags(&s.sent, cudaEventDisableTiming), "an event");
@@ -129,10 +130,16 @@ std::size_t CudaBackend::device_bytes() const {
   check(cudaMemGetInfo(&free, &total), "the device's memory");
   return total - free;
 }
-std::size_t CudaBackend::workspace_bytes() const { return kRoomBytes + Products::kWorkspaceBytes; }
+std::size_t CudaBackend::workspace_bytes() const {
+  return kRoomBytes + Products::kWorkspaceBytes + kCounterBytes;
+}
 
 CudaBackend::Room CudaBackend::room() const {
   return {static_cast<std::byte*>(workspace_->data()), kRoomBytes};
+}
+unsigned* CudaBackend::arrived() const {
+  return static_cast<unsigned*>(workspace_->data()) +
+         (kRoomBytes + Products::kWorkspaceBytes) / sizeof(unsigned);
 }
 void* CudaBackend::Room::take_bytes(std::size_t bytes) {
   std::byte* at = at_;

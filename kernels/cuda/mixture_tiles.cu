@@ -1,5 +1,5 @@
-// The gated feed-forward mixture on tensor cores: the order of its rows, its passes, and what comes
-// after its kernels (mixture_forward.cu, mixture_rows.cu, mixture_columns.cu; of two slots
+// The gated feed-forward mixture on tensor cores: its passes, and what comes before and after its
+// kernels (mixture_order.cu; mixture_forward.cu, mixture_rows.cu, mixture_columns.cu; of two slots
 // mixture_pairs.cu).
 //
 // A pass takes two slots (or one). Rows are sorted by the pair of experts they chose, and every
@@ -11,194 +11,18 @@
 // or once for the four tiles of a team.
 #include <algorithm>
 
+#include "kernels/cuda/mixture_order.cuh"
 #include "kernels/cuda/mixture_tiles.cuh"
 
 namespace mixlora::cuda {
 namespace {
 
-constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / kWarp;
 constexpr int kMostExperts = 32;
 
-// ---- order ---------------------------------------------------------------------------------
-
-/// A sort's shared memory: how many of a warp's items have a key, (kSortWarps, keys), a key's first
-/// place, (keys), and where there is room the items' keys.
-struct SortRoom {
-  std::int32_t *counts, *first;
-  std::int16_t* held;
-};
-/// order: items by key, equal keys in the order of items, every key beginning at a multiple of
-/// `align`; begin[key] where each key's items start (may be null). Returns the end. One block. The
-/// result is the same however the warps run. Loops are not unrolled: a single block runs through
-/// this code, and to fetch it takes longer than to run it.
-template <class Key>
-__device__ int counting_sort(std::int32_t* order, std::int32_t* begin, const SortRoom& room,
-                             int items, int keys, int align, Key key_of) {
-  __shared__ int end;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int chunk = ceil_div(ceil_div(items, kSortWarps), kWarp) * kWarp;
-  const int from = warp * chunk, to = min(items, from + chunk);
-  if (room.held != nullptr)
-#pragma unroll 4
-    for (int i = from + lane; i < to; i += kWarp)
-      room.held[i] = static_cast<std::int16_t>(key_of(i));
-  // f(key, item) for the warp's items, 32 at a time; no item: -1.
-  const auto each = [&](auto&& f) {
-#pragma unroll 1
-    for (int i = from + lane; i - lane < to; i += kWarp)
-      f(i >= to ? -1 : room.held != nullptr ? room.held[i] : key_of(i), i);
-  };
-  std::int32_t* own = room.counts + warp * keys;
-#pragma unroll 1
-  for (int key = lane; key < keys; key += kWarp) own[key] = 0;
-  __syncwarp();
-  each([&](int key, int /*item*/) {
-    const unsigned same = __match_any_sync(kAll, key);
-    if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
-    __syncwarp();
-  });
-  __syncthreads();
-  const auto up_to = [lane](int x) {  // with all lanes before
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int y = __shfl_up_sync(kAll, x, step);
-      if (lane >= step) x += y;
-    }
-    return x;
-  };
-#pragma unroll 1
-  for (int key = warp; key < keys; key += kSortWarps) {  // a lane a warp's count
-    const int count = room.counts[lane * keys + key], sum = up_to(count);
-    room.counts[lane * keys + key] = sum - count;
-    if (lane == kWarp - 1) room.first[key] = ceil_div(sum, align) * align;
-  }
-  __syncthreads();
-  if (warp == 0) {
-    int base = 0;
-#pragma unroll 1
-    for (int key = lane; key - lane < keys; key += kWarp) {
-      const int count = key < keys ? room.first[key] : 0, sum = up_to(count);
-      if (key < keys) {
-        room.first[key] = base + sum - count;
-        if (begin != nullptr) begin[key] = base + sum - count;
-      }
-      base += __shfl_sync(kAll, sum, kWarp - 1);
-    }
-    if (lane == 0) end = base;
-  }
-  __syncthreads();
-  each([&](int key, int item) {
-    const unsigned same = __match_any_sync(kAll, key);
-    if (key >= 0) order[room.first[key] + own[key] + __popc(same & ((1U << lane) - 1))] = item;
-    __syncwarp();
-    if (key >= 0 && lane == __ffs(static_cast<int>(same)) - 1) own[key] += __popc(same);
-    __syncwarp();
-  });
-  return end;
-}
-
-/// Bytes of a sort's counters; bytes that they and the keys may take.
-Index counted_bytes(int keys) {
-  return static_cast<Index>(sizeof(std::int32_t)) * (kSortWarps + 1) * keys;
-}
-int most_sorted() {
-  constexpr int kStatic = 64;  // what the kernel has besides
-  return most_shared() - kStatic;
-}
-
-/// Where one pass's order and the lists of pairs lie in the call's working memory.
-struct OrderRoom {
-  std::int32_t *order, *tiles, *pairs, *pair_begin, *work;
-  int most_tiles;
-};
 /// Whether a call goes in teams: not a backward of pairs in one pass.
 bool takes_teams(const TileCall& c) { return in_teams(c) && !pairs_take(c); }
 int most_tiles(const TileCall& c, int slots = 2) {
   return most_tiles(c, slots, takes_teams(c) ? kTeam : 1);
-}
-
-/// A2 of every expert by columns, (E, F, R) from (E, R, F): a unit is two columns of eight ranks.
-struct Turn {
-  Number* to;
-  const Number* from;
-  int width, rank, experts;
-  __host__ __device__ int units() const { return experts * (rank / 8) * (width / 2); }
-};
-__device__ void turn(const Turn& t, int unit) {
-  const int half = t.width / 2, eight = unit / half, f = unit % half * 2;  // of all experts' ranks
-  const int e = eight / (t.rank / 8), r = eight % (t.rank / 8) * 8;
-  const Number* from = t.from + (static_cast<Index>(eight) * 8 * t.width + f);
-  unsigned x[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = load_pair(from + static_cast<Index>(i) * t.width);
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const unsigned take = j == 0 ? 0x5410U : 0x7632U;  // both lower halves, both upper ones
-    *reinterpret_cast<uint4*>(t.to + (static_cast<Index>(e) * t.width + f + j) * t.rank + r) =
-        make_uint4(__byte_perm(x[0], x[1], take), __byte_perm(x[2], x[3], take),
-                   __byte_perm(x[4], x[5], take), __byte_perm(x[6], x[7], take));
-  }
-}
-
-/// The first of `sorts` blocks: rows by the experts of slots [first, first + count), tiles apart,
-/// -1 where a tile is not full, and the teams' work where 64 columns of one are `team_units` units
-/// (0: no teams). The second: all (row, slot) pairs by expert; those without come
-/// last. The blocks behind them turn A2.
-__global__ void __launch_bounds__(kSortThreads)
-    order_kernel(OrderRoom room, const std::int32_t* expert, int rows, int slots, int experts,
-                 int first, int count, int keys, int align, int team_units, int sorts, bool held,
-                 Turn down) {
-  extern __shared__ std::int32_t numbers[];
-  const auto sort_room = [&](int all) {
-    std::int32_t* behind = numbers + kSortWarps * all;
-    return SortRoom{numbers, behind,
-                    held ? reinterpret_cast<std::int16_t*>(behind + all) : nullptr};
-  };
-  const auto block = static_cast<int>(blockIdx.x);
-  if (block >= sorts) {
-    if (const int unit = (block - sorts) * kSortThreads + static_cast<int>(threadIdx.x);
-        unit < down.units())
-      turn(down, unit);
-  } else if (block == 0) {
-#pragma unroll 2
-    for (int i = static_cast<int>(threadIdx.x); i < room.most_tiles * kRows; i += kSortThreads)
-      room.order[i] = -1;
-    const int end =
-        counting_sort(room.order, nullptr, sort_room(keys), rows, keys, align, [=](int n) {
-          const int e0 = expert[n * slots + first] + 1;
-          if (count == 1) return e0;
-          const int e1 = expert[n * slots + first + 1] + 1;
-          return min(e0, e1) * (experts + 1) + max(e0, e1);
-        });
-    if (threadIdx.x == 0) *room.tiles = end / kRows;
-    if (team_units == 0) return;
-    __syncthreads();  // the order is there
-    if (threadIdx.x >= kWarp) return;
-    const int teams = end / kTeamRows, lane = static_cast<int>(threadIdx.x);
-    int before = 0;
-#pragma unroll 1
-    for (int first_team = 0; first_team < teams; first_team += kWarp) {
-      const int team = first_team + lane;
-      // The third tile has a row: all four warps have one of their own (TeamWork).
-      const bool whole = team < teams && room.order[team * kTeamRows + 2 * kRows] >= 0;
-      const int own = team < teams ? (whole ? 2 : 1) * team_units : 0;
-      int sum = own;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int x = __shfl_up_sync(kAll, sum, step);
-        if (lane >= step) sum += x;
-      }
-      if (team < teams) room.work[team] = before + sum - own;
-      before += __shfl_sync(kAll, sum, kWarp - 1);
-    }
-    if (lane == 0) room.work[teams] = before;
-  } else {
-    counting_sort(room.pairs, room.pair_begin, sort_room(experts + 1), rows * slots, experts + 1, 1,
-                  [=](int i) {
-                    const int e = expert[i];
-                    return e < 0 ? experts : e;
-                  });
-  }
 }
 
 // ---- after the kernels ---------------------------------------------------------------------
@@ -315,6 +139,7 @@ OrderRoom order_room(const TileCall& c, void* room) {
   r.pairs = r.tiles + 1;
   r.pair_begin = r.pairs + c.rows * c.slots;
   r.work = r.pair_begin + c.experts + 2;
+  r.held = reinterpret_cast<std::uint32_t*>(r.work + r.most_tiles / kTeam + 1);
   return r;
 }
 
@@ -338,10 +163,11 @@ Cut cut(const TileCall& c, void* room) {
   auto* base = static_cast<std::byte*>(room);
   Cut r{};
   r.order = order_room(c, room);
-  std::size_t at = whole(sizeof(std::int32_t) *
-                         static_cast<std::size_t>(static_cast<Index>(r.order.most_tiles) * kRows +
-                                                  c.rows * c.slots + c.experts + 3 +
-                                                  r.order.most_tiles / kTeam + 1));
+  std::size_t at =
+      whole(sizeof(std::int32_t) *
+            static_cast<std::size_t>(static_cast<Index>(r.order.most_tiles) * kRows +
+                                     c.rows * c.slots + c.experts + 3 + r.order.most_tiles / kTeam +
+                                     1 + c.rows * (c.slots + 1)));
   r.down_t = reinterpret_cast<Number*>(base + at);
   if (c.down_a != nullptr)
     at += whole(sizeof(Number) * static_cast<std::size_t>(c.experts * c.width * c.rank));
@@ -373,25 +199,18 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
     c.first_slot = first;
     c.adds = first > 0;
     unsigned tiles = most_blocks(c);
-    const int keys = keys_of(count, c.experts), sorts = c.expert == nullptr   ? 0
-                                                        : pairs && first == 0 ? 2
-                                                                              : 1;
-    const Turn down{r.down_t, c.down_a, static_cast<int>(c.width), c.rank, c.experts};
-    const int turned = c.down_a != nullptr && first == 0 ? ceil_div(down.units(), kSortThreads) : 0;
-    if (sorts + turned > 0) {
-      const int most_keys = sorts > 0 ? std::max(keys, c.experts + 1) : 0;
-      const Index counted = counted_bytes(most_keys),
-                  all = counted + sizeof(std::int16_t) * (sorts > 1 ? c.slots : 1) * c.rows;
-      const int most = most_sorted();
-      const bool held = sorts > 0 && all <= most;
-      const auto shared = static_cast<std::size_t>(held ? all : counted);
-      admit_shared(reinterpret_cast<const void*>(order_kernel), most);
-      order_kernel<<<static_cast<unsigned>(sorts + turned), kSortThreads, shared, stream>>>(
-          r.order, c.expert, static_cast<int>(c.rows), c.slots, c.experts, first, count, keys,
-          room.team ? kTeamRows : kRows, room.team ? static_cast<int>(c.width) / kTeamColumns : 0,
-          sorts, held, down);
-      launched("mixture order");
-    }
+    const OrderCall call{c.expert,
+                         static_cast<int>(c.rows),
+                         c.slots,
+                         c.experts,
+                         first,
+                         count,
+                         room.team ? kTeamRows : kRows,
+                         room.team ? static_cast<int>(c.width) / kTeamColumns : 0,
+                         pairs && first == 0};
+    const Turn down{r.down_t, first == 0 ? c.down_a : nullptr, static_cast<int>(c.width), c.rank,
+                    c.experts};
+    order_rows(r.order, call, down, stream);
     if (c.expert != nullptr) {
       c.order = r.order.order, c.tiles = r.order.tiles;
       if (pairs) c.pairs = r.order.pairs, c.pair_begin = r.order.pair_begin;
@@ -405,12 +224,11 @@ TileRoom each_pass(TileCall& c, void* memory, bool pairs, cudaStream_t stream, F
 }  // namespace
 
 bool tiles_take(const TileCall& c) {
-  const int keys = keys_of(std::min(c.slots, 2), c.experts);
   constexpr Index limit = Index{1} << 31;  // places are 32-bit numbers
   const bool ranks = has_factors(c) ? c.rank % 8 == 0 && c.rank <= 80 : !has_scales(c);
   return ranks && c.activation == Activation::silu && c.width % kColumns == 0 &&
          c.experts <= kMostExperts &&
-         (c.expert == nullptr || counted_bytes(keys) <= most_sorted()) &&
+         (c.expert == nullptr || order_fits(std::min(c.slots, 2), c.experts)) &&
          c.rows * c.width * std::max(2, c.slots) < limit &&
          c.experts * c.width * std::max(c.rank, 1) < limit &&
          2 * c.rows * c.experts * c.slots * std::max(c.rank, 1) < limit && aligned(c.gate_up) &&

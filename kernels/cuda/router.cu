@@ -1,6 +1,8 @@
 // Routing: which experts a row uses, how evenly, and the gradient to the router.
+#include <algorithm>
 #include <climits>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cuda_backend.h"
@@ -16,7 +18,7 @@ using cuda::kWarp;
 using cuda::Rows;
 
 constexpr int kExperts = 8;  // of a thread's running sums at once
-constexpr int kWarps = 8;    // of a block whose warps take a row each
+constexpr int kWarps = 8;    // of a block whose warps take rows
 
 // ---- products -----------------------------------------------------------------------------------
 
@@ -186,146 +188,215 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
 
 // ---- the choice ---------------------------------------------------------------------------------
 
-constexpr int kEach = 4;  // experts of a lane: e = lane + 32 i
-constexpr int kMostExperts = kEach * kWarp;
-constexpr int kMostStats = 2 * kMostExperts + 2;
+// A row's experts lie on Lanes lanes of a warp, Each a lane: e = lane + Lanes i. What follows is
+// asked by all lanes of a warp.
+
+constexpr int kMostExperts = 4 * kWarp;
 constexpr Index kMostBlocks = 256;
 
-__device__ double warp_sum(double x) {
+template <int Lanes, class T> __device__ T row_sum(T x) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(cuda::kAll, x, step);
+  for (int step = Lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(cuda::kAll, x, step);
   return x;
 }
-/// The expert of the largest logit among those whose bit in `open` is set, the first of equal ones.
+template <int Lanes, int Each> __device__ float row_max(const float (&x)[Each]) {
+  float most = x[0];
+#pragma unroll
+  for (int i = 1; i < Each; ++i) most = fmaxf(most, x[i]);
+#pragma unroll
+  for (int step = Lanes / 2; step > 0; step /= 2)
+    most = fmaxf(most, __shfl_xor_sync(cuda::kAll, most, step));
+  return most;
+}
+/// The sum over a warp's rows of what each has on the same lane.
+template <int Lanes, class T> __device__ T rows_sum(T x) {
+#pragma unroll
+  for (int step = Lanes; step < kWarp; step *= 2) x += __shfl_xor_sync(cuda::kAll, x, step);
+  return x;
+}
+/// x[i] = the row's number lane + Lanes i, `otherwise` from the count-th on.
+template <int Lanes, int Each, class T>
+__device__ void take_row(T (&x)[Each], const T* row, int lane, int count, T otherwise) {
+#pragma unroll
+  for (int i = 0; i < Each; ++i)
+    x[i] = lane + Lanes * i < count ? row[lane + Lanes * i] : otherwise;
+}
+/// The row's number i of those that take_row took; i is the same on all of its lanes.
+template <int Lanes, int Each, class T> __device__ T number_of(const T (&x)[Each], int i) {
+  T own = x[0];
+#pragma unroll
+  for (int j = 1; j < Each; ++j)
+    if (i / Lanes == j) own = x[j];
+  return __shfl_sync(cuda::kAll, own, i % Lanes, Lanes);
+}
+
+/// A row's experts by their logits, the largest first, the first of equal ones before the others.
 /// Logits order experts as probabilities do, without rounding's ties.
-__device__ int best_of(const float* x, unsigned open, int lane) {
-  float value = -INFINITY;
-  int index = INT_MAX;
+template <int Lanes, int Each> class Ranking {
+ public:
+  __device__ Ranking(const float (&logits)[Each], int lane, int experts) : lane_(lane) {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const float own = isnan(x[i]) ? -INFINITY : x[i];
-    if ((open >> i & 1U) != 0 && (own > value || index == INT_MAX)) {
-      value = own;
-      index = lane + kWarp * i;
+    for (int i = 0; i < Each; ++i) {
+      x_[i] = isnan(logits[i]) ? -INFINITY : logits[i];
+      open_ |= lane + Lanes * i < experts ? 1U << i : 0U;
     }
-  }
+    if constexpr (Each == 1) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const float other = __shfl_xor_sync(cuda::kAll, value, step);
-    const int at = __shfl_xor_sync(cuda::kAll, index, step);
-    if (other > value || (other == value && at < index)) {
-      value = other;
-      index = at;
-    }
-  }
-  return index;
-}
-/// x[i] = the row's number of expert lane + 32 i, `otherwise` where there is none.
-__device__ void take_row(float* x, const float* row, int lane, int experts, float otherwise) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    x[i] = lane + kWarp * i < experts ? row[lane + kWarp * i] : otherwise;
-}
-/// A bit for each of the lane's experts.
-__device__ unsigned bits_of(int lane, int experts) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) bits |= lane + kWarp * i < experts ? 1U << i : 0U;
-  return bits;
-}
-
-/// One warp a row: softmax in double as on the CPU, then the choice expert by expert; the row's
-/// part of the statistics stays in registers until the block's sums are written.
-__global__ void route_kernel(Rows<std::int32_t> expert, Rows<float> weight, Rows<float> p,
-                             double* parts, Rows<const float> logits, Router r, Index rows) {
-  __shared__ double shared[kWarps][kMostStats];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp,
-            warp = static_cast<int>(threadIdx.x) / kWarp;
-  const auto experts = static_cast<int>(r.experts), slots = static_cast<int>(r.slots);
-  const double divide =
-      r.kind == RouterKind::top_p && r.temperature > 0 ? static_cast<double>(r.temperature) : 1.0;
-  double count[kEach] = {}, mass[kEach] = {}, squares = 0, entropy = 0;
-  for (Index row = static_cast<Index>(blockIdx.x) * kWarps + warp; row < rows;
-       row += static_cast<Index>(gridDim.x) * kWarps) {
-    float x[kEach];
-    take_row(x, logits.at(row, 0), lane, experts, -INFINITY);
-    const auto top =
-        static_cast<double>(cuda::warp_max(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]))));
-    unsigned open = bits_of(lane, experts);
-    double q[kEach] = {}, sum = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if ((open >> i & 1U) != 0) sum += exp(static_cast<double>(x[i]) - top);
-    const double lse = top + log(warp_sum(sum));
-    squares += lse * lse;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if ((open >> i & 1U) != 0) {
-        const double log_p = static_cast<double>(x[i]) - lse;
-        q[i] = exp(log_p);
-        mass[i] += q[i];
-        entropy -= q[i] > 0 ? q[i] * log_p : 0;
-        *p.at(row, lane + kWarp * i) = static_cast<float>(q[i]);
+      for (int step = 1; step < Lanes; ++step) {
+        const float other = __shfl_xor_sync(cuda::kAll, x_[0], step);
+        before_ += other > x_[0] || (other == x_[0] && (lane ^ step) < lane) ? 1 : 0;
       }
-
-    double total = 0;
-    int used = 0;
-    for (; used < slots && !(r.kind == RouterKind::top_p && total > r.top_p); ++used) {
-      const int e = best_of(x, open, lane);
-      double own = 0;
+    }
+  }
+  /// Expert k of the order, asked for one after another.
+  __device__ int next(int k) {
+    if constexpr (Each == 1) {
+      const unsigned here = static_cast<unsigned>(static_cast<int>(threadIdx.x) % kWarp - lane_);
+      return __ffs(static_cast<int>(__ballot_sync(cuda::kAll, before_ == k) >> here)) - 1;
+    } else {
+      float value = -INFINITY;
+      int index = INT_MAX;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        if (e == lane + kWarp * i) {
-          open &= ~(1U << i);
-          count[i] += 1;
-          own = q[i];
+      for (int i = 0; i < Each; ++i)
+        if ((open_ >> i & 1U) != 0 && (x_[i] > value || index == INT_MAX)) {
+          value = x_[i];
+          index = lane_ + Lanes * i;
         }
-      own = __shfl_sync(cuda::kAll, own, e % kWarp) / divide;
-      total += own;
-      if (lane == 0) {
-        *expert.at(row, used) = e;
-        *weight.at(row, used) = static_cast<float>(own);
+#pragma unroll
+      for (int step = Lanes / 2; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(cuda::kAll, value, step);
+        const int at = __shfl_xor_sync(cuda::kAll, index, step);
+        if (other > value || (other == value && at < index)) {
+          value = other;
+          index = at;
+        }
       }
+      if (index % Lanes == lane_) open_ &= ~(1U << (index / Lanes));
+      return index;
     }
-    for (int k = used + lane; k < slots; k += kWarp) {
-      *expert.at(row, k) = -1;
-      *weight.at(row, k) = 0;
-    }
-    if (r.kind != RouterKind::top_k) continue;
-    __syncwarp();
-    for (int k = lane; k < slots; k += kWarp)
-      *weight.at(row, k) = static_cast<float>(static_cast<double>(*weight.at(row, k)) / total);
   }
 
-  entropy = warp_sum(entropy);
+ private:
+  float x_[Each];
+  int lane_, before_ = 0;
+  unsigned open_ = 0;
+};
+
+/// `Lanes` lanes a row: softmax in double as on the CPU, then the choice expert by expert. A row's
+/// part of the statistics stays in registers until the block's sums are written; the block that is
+/// the last to come adds all blocks' in a fixed order. `arrived` counts them, 0 before and after.
+template <int Lanes, int Each>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    route_kernel(Rows<std::int32_t> expert, Rows<float> weight, Rows<float> p, float* stats,
+                 double* parts, unsigned* arrived, Rows<const float> logits, Router r, Index rows) {
+  constexpr int kRows = kWarp / Lanes;
+  __shared__ double shared[kWarps][2 * Lanes * Each + 2];
+  __shared__ bool last;
+  const int lane = static_cast<int>(threadIdx.x) % Lanes,
+            warp = static_cast<int>(threadIdx.x) / kWarp,
+            own_row = static_cast<int>(threadIdx.x) % kWarp / Lanes;
+  const auto experts = static_cast<int>(r.experts), slots = static_cast<int>(r.slots);
+  const bool top_p = r.kind == RouterKind::top_p, divided = top_p && r.temperature > 0;
+  int count[Each] = {};
+  double mass[Each] = {}, squares = 0, entropy = 0;
+  for (Index first = (static_cast<Index>(blockIdx.x) * kWarps + warp) * kRows; first < rows;
+       first += static_cast<Index>(gridDim.x) * kWarps * kRows) {
+    const Index row = min(first + own_row, rows - 1);
+    const bool live = first + own_row < rows;
+    float x[Each];
+    take_row<Lanes>(x, logits.at(row, 0), lane, experts, -INFINITY);
+    Ranking<Lanes, Each> ranking(x, lane, experts);
+    const auto top = static_cast<double>(row_max<Lanes>(x));
+    double q[Each], sum = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    if (const int e = lane + kWarp * i; e < experts) {
+    for (int i = 0; i < Each; ++i) {
+      q[i] = lane + Lanes * i < experts ? exp(static_cast<double>(x[i]) - top) : 0;
+      sum += q[i];
+    }
+    sum = row_sum<Lanes>(sum);
+    const double lse = top + log(sum);
+    if (live) squares += lse * lse;
+#pragma unroll
+    for (int i = 0; i < Each; ++i) {
+      q[i] /= sum;
+      if (!live || lane + Lanes * i >= experts) continue;
+      mass[i] += q[i];
+      entropy -= q[i] > 0 ? q[i] * (static_cast<double>(x[i]) - lse) : 0;
+      *p.at(row, lane + Lanes * i) = static_cast<float>(q[i]);
+    }
+
+    int chosen[Each];  // of slot lane + Lanes i
+    double share[Each], total = 0;
+#pragma unroll
+    for (int i = 0; i < Each; ++i) chosen[i] = -1, share[i] = 0;
+#pragma unroll 1
+    for (int k = 0; k < slots; ++k) {
+      const bool used = !(top_p && total > r.top_p);
+      if (top_p && __ballot_sync(cuda::kAll, used) == 0) break;
+      const int e = ranking.next(k);
+      double own = number_of<Lanes>(q, e);
+      if (divided) own /= static_cast<double>(r.temperature);
+      if (!used) continue;
+      total += own;
+#pragma unroll
+      for (int i = 0; i < Each; ++i) {
+        if (live && e == lane + Lanes * i) ++count[i];
+        if (k == lane + Lanes * i) chosen[i] = e, share[i] = own;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Each; ++i)
+      if (const int k = lane + Lanes * i; live && k < slots) {
+        const auto own = static_cast<float>(share[i]);
+        *expert.at(row, k) = chosen[i];
+        *weight.at(row, k) = r.kind == RouterKind::top_k
+                                 ? static_cast<float>(static_cast<double>(own) / total)
+                                 : own;
+      }
+  }
+
+  squares = rows_sum<Lanes>(squares);
+  entropy = row_sum<kWarp>(entropy);
+#pragma unroll
+  for (int i = 0; i < Each; ++i) {
+    count[i] = rows_sum<Lanes>(count[i]);
+    mass[i] = rows_sum<Lanes>(mass[i]);
+    if (const int e = lane + Lanes * i; own_row == 0 && e < experts) {
       shared[warp][e] = count[i];
       shared[warp][experts + e] = mass[i];
     }
-  if (lane == 0) {
+  }
+  if (own_row == 0 && lane == 0) {
     shared[warp][2 * experts] = squares;
     shared[warp][2 * experts + 1] = entropy;
   }
   __syncthreads();
-  const int width = 2 * experts + 2;
+  const int width = 2 * experts + 2, blocks = static_cast<int>(gridDim.x);
   for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
     double sum = 0;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
-    parts[static_cast<Index>(blockIdx.x) * width + i] = sum;
+    parts[static_cast<Index>(i) * blocks + blockIdx.x] = sum;
+    __threadfence();
   }
-}
-
-/// One warp a statistic: the blocks' parts in a fixed order.
-__global__ void stats_kernel(float* stats, const double* parts, int blocks, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < width; i += kWarp) {
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1U) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  constexpr int kLanes = 8;  // of a statistic
+  const int part = static_cast<int>(threadIdx.x) % kLanes;
+  for (int first = 0; first < width; first += kWarps * kWarp / kLanes) {
+    const int i = first + static_cast<int>(threadIdx.x) / kLanes;
     double sum = 0;
-    for (int b = lane; b < blocks; b += kWarp) sum += parts[static_cast<Index>(b) * width + i];
-    sum = warp_sum(sum);
-    if (lane == 0) stats[i] = static_cast<float>(sum);
+    if (i < width)
+#pragma unroll 16
+      for (int b = part; b < blocks; b += kLanes)
+        sum += __ldcg(parts + static_cast<Index>(i) * blocks + b);
+    sum = row_sum<kLanes>(sum);
+    if (i < width && part == 0) stats[i] = static_cast<float>(sum);
   }
+  if (threadIdx.x == 0) *arrived = 0;
 }
 
 /// One warp a sequence, 32 rows at a time: a row beyond the expert's capacity, counting the rows
@@ -393,52 +464,73 @@ __global__ void balance_kernel(float* loss, Rows<float> fraction, Rows<const flo
   loss[thread] = static_cast<float>(thread == 0 ? coef * experts * sum : z_coef * sum / all);
 }
 
-/// One warp a row: through the choice, then what the two losses add.
-__global__ void route_backward_kernel(Rows<float> d_logits, Rows<const float> d_weight,
-                                      Rows<const std::int32_t> expert, Rows<const float> weight,
-                                      Rows<const float> p, Rows<const float> logits,
-                                      const float* fraction, Router r, float aux, float z,
-                                      Index rows) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Index row = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-  if (row >= rows) return;
+/// `Lanes` lanes a row: through the choice, then what the two losses add.
+template <int Lanes, int Each>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    route_backward_kernel(Rows<float> d_logits, Rows<const float> d_weight,
+                          Rows<const std::int32_t> expert, Rows<const float> weight,
+                          Rows<const float> p, Rows<const float> logits, const float* fraction,
+                          Router r, float aux, float z, Index rows) {
+  const int lane = static_cast<int>(threadIdx.x) % Lanes;
+  const Index at = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) / Lanes,
+              row = min(at, rows - 1);
   const auto experts = static_cast<int>(r.experts), slots = static_cast<int>(r.slots);
   const bool top_k = r.kind == RouterKind::top_k;
   const float divide = r.kind == RouterKind::top_p && r.temperature > 0 ? r.temperature : 1;
-  float x[kEach], own[kEach], f[kEach], d[kEach] = {}, through[kEach] = {};
-  take_row(x, logits.at(row, 0), lane, experts, -INFINITY);
-  take_row(own, p.at(row, 0), lane, experts, 0);
-  take_row(f, fraction, lane, experts, 0);
+  float x[Each], own[Each], f[Each], d[Each] = {}, through[Each] = {};
+  std::int32_t chosen[Each];
+  float w[Each], d_w[Each];
+  take_row<Lanes>(x, logits.at(row, 0), lane, experts, -INFINITY);
+  take_row<Lanes>(own, p.at(row, 0), lane, experts, 0.0F);
+  take_row<Lanes>(f, fraction, lane, experts, 0.0F);
+  take_row<Lanes>(chosen, expert.at(row, 0), lane, slots, -1);
+  take_row<Lanes>(w, weight.at(row, 0), lane, slots, 0.0F);
+  take_row<Lanes>(d_w, d_weight.at(row, 0), lane, slots, 0.0F);
+  const int lost =
+      r.kind == RouterKind::switch_top1 && r.overflow == Overflow::input
+          ? Ranking<Lanes, Each>(x, lane, experts).next(0)  // its weight is still p_max
+          : -1;
   float mean = 0;
+#pragma unroll 1
   for (int k = 0; k < slots; ++k) {
-    int e = *expert.at(row, k);
-    if (e < 0 && r.kind == RouterKind::switch_top1 && r.overflow == Overflow::input)
-      e = best_of(x, bits_of(lane, experts), lane);  // its weight is still p_max
+    int e = number_of<Lanes>(chosen, k);
+    e = e < 0 ? lost : e;
+    const float by = top_k ? number_of<Lanes>(w, k) : number_of<Lanes>(own, max(e, 0)) / divide;
+    const float share = by * number_of<Lanes>(d_w, k);
     if (e < 0) continue;
-    const float w = top_k ? *weight.at(row, k) : *p.at(row, e) / divide;
-    const float share = w * *d_weight.at(row, k);
     mean += share;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (e == lane + kWarp * i) {
+    for (int i = 0; i < Each; ++i)
+      if (e == lane + Lanes * i) {
         d[i] += share;
-        through[i] += w;
+        through[i] += by;
       }
   }
-  const float top = cuda::warp_max(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
+  const float top = row_max<Lanes>(x);
   float sum = 0, balance = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int i = 0; i < Each; ++i) {
     sum += expf(x[i] - top);
     balance += own[i] * f[i];
   }
-  const float lse = top + logf(cuda::warp_sum(sum));
-  balance = cuda::warp_sum(balance);
+  const float lse = top + logf(row_sum<Lanes>(sum));
+  balance = row_sum<Lanes>(balance);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    if (const int e = lane + kWarp * i; e < experts)
+  for (int i = 0; i < Each; ++i)
+    if (const int e = lane + Lanes * i; at < rows && e < experts)
       *d_logits.at(row, e) =
           d[i] - (top_k ? through[i] : own[i]) * mean + own[i] * (aux * (f[i] - balance) + z * lse);
+}
+
+/// Calls f(Lanes, Each) with how many lanes take a row of so many experts.
+template <class F> void with_lanes(Index experts, F&& f) {
+  using std::integral_constant;
+  if (experts <= 8)
+    f(integral_constant<int, 8>{}, integral_constant<int, 1>{});
+  else if (experts <= 16)
+    f(integral_constant<int, 16>{}, integral_constant<int, 1>{});
+  else
+    f(integral_constant<int, kWarp>{}, integral_constant<int, kMostExperts / kWarp>{});
 }
 
 unsigned row_blocks(Index rows, Index each) {
@@ -479,16 +571,15 @@ void CudaBackend::route(Slots& slots, Tensor probabilities, Tensor stats, ConstT
                    probabilities.rows() == rows && probabilities.cols() == experts &&
                    stats.numel() == width && stats.contiguous(),
                op);
-  const Index blocks = std::min(kMostBlocks, cuda::ceil_div<Index>(rows, kWarps));
   auto* parts = room().take<double>(kMostBlocks * width);
-  if (blocks > 0) {
-    route_kernel<<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream_>>>(
+  with_lanes(experts, [&](auto lanes, auto each) {
+    const Index blocks = cuda::ceil_div<Index>(rows, kWarps * kWarp / lanes());
+    const auto grid = static_cast<unsigned>(std::clamp<Index>(blocks, 1, kMostBlocks));
+    route_kernel<lanes(), each()><<<grid, kWarps * kWarp, 0, stream_>>>(
         cuda::rows_of<std::int32_t>(slots.expert), cuda::rows_of<float>(slots.weight),
-        cuda::rows_of<float>(probabilities), parts, cuda::rows_of<float>(logits), router, rows);
-    cuda::launched(op);
-  }
-  stats_kernel<<<1, kWarp * kWarp, 0, stream_>>>(cuda::data<float>(stats), parts,
-                                                 static_cast<int>(blocks), width);
+        cuda::rows_of<float>(probabilities), cuda::data<float>(stats), parts, arrived(),
+        cuda::rows_of<float>(logits), router, rows);
+  });
   cuda::launched(op);
   if (router.kind != RouterKind::switch_top1 || router.capacity == 0 || s.count == 0) return;
   capacity_kernel<<<static_cast<unsigned>(s.count), kWarp, 0, stream_>>>(
@@ -527,11 +618,14 @@ void CudaBackend::route_backward(Tensor d_logits, ConstTensor d_weight, const Sl
   const auto n = static_cast<float>(rows);
   const float aux = factor * coef * static_cast<float>(router.experts) / n,
               z = factor * z_coef * 2 / (n * static_cast<float>(layers));
-  route_backward_kernel<<<row_blocks(rows, kWarps), kWarps * kWarp, 0, stream_>>>(
-      cuda::rows_of<float>(d_logits), cuda::rows_of<float>(d_weight),
-      cuda::rows_of<std::int32_t>(ConstTensor(slots.expert)),
-      cuda::rows_of<float>(ConstTensor(slots.weight)), cuda::rows_of<float>(probabilities),
-      cuda::rows_of<float>(logits), cuda::data<float>(fraction), router, aux, z, rows);
+  with_lanes(router.experts, [&](auto lanes, auto each) {
+    route_backward_kernel<lanes(), each()>
+        <<<row_blocks(rows, kWarps * kWarp / lanes()), kWarps * kWarp, 0, stream_>>>(
+            cuda::rows_of<float>(d_logits), cuda::rows_of<float>(d_weight),
+            cuda::rows_of<std::int32_t>(ConstTensor(slots.expert)),
+            cuda::rows_of<float>(ConstTensor(slots.weight)), cuda::rows_of<float>(probabilities),
+            cuda::rows_of<float>(logits), cuda::data<float>(fraction), router, aux, z, rows);
+  });
   cuda::launched(op);
 }
 
