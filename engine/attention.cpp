@@ -102,17 +102,21 @@ void Transformer::attention_forward(const Step& step, std::size_t i, LayerKept& 
   }
   ops_.attention(k.o, k.lse, k.qkv, step.sequences, c.attention_heads());
 
+  const Step& rows = behind_attention(step, i);
+  const Scratch::Frame frame(scratch_);
+  const ConstTensor o = taken_rows(step, rows, k.o);
   // With DoRA the rows before its scale are kept: made there, scaled on their way into the sum.
   const bool apart = any_scaled_o(step, i);
-  const Tensor core = apart ? kept_.take({n, c.hidden}, type) : delta;
-  ops_.linear(core, k.o, w.o);
-  for (std::size_t j = 0; j < step.groups.size(); ++j) {
-    const Group& g = step.groups[j];
+  const Tensor core =
+      apart ? kept_.take({rows.rows, c.hidden}, type) : delta.row_range(0, rows.rows);
+  ops_.linear(core, o, w.o);
+  for (std::size_t j = 0; j < rows.groups.size(); ++j) {
+    const Group& g = rows.groups[j];
     if (apart) pending_[j].core = core.row_range(g.begin, g.end);
     if (g.adapter == nullptr || !g.adapter->layout.layers[i].o_a.present()) continue;
     const AdapterLayer& l = g.adapter->layout.layers[i];
     Tensor& a = k.groups[j].a_o = kept_.take({g.rows(), rank_of(l.o_a)}, type);
-    through_a(step, g, i, site_o, g.adapter->attention_p, a, k.o.row_range(g.begin, g.end),
+    through_a(rows, g, i, site_o, g.adapter->attention_p, a, o.row_range(g.begin, g.end),
               l.o_a.compute, g.adapter->attention_scale);
     pending_[j].update = {a, l.o_b.compute, {}};
     if (!scaled_o(g, i)) continue;

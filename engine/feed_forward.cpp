@@ -78,12 +78,7 @@ void Transformer::feed_forward(const Step& step, std::size_t i, LayerKept& k, Te
       route_group(step, i, g, k.groups[j], normed.row_range(g.begin, g.end));
   }
   const Step& rows = behind(step, i);
-  ConstTensor x = normed;
-  if (narrows(step, i)) {
-    const Tensor some = scratch_.take({rows.rows, c.hidden}, normed.dtype);
-    gather(step, some, normed);
-    x = some;
-  }
+  const ConstTensor x = taken_rows(step, rows, normed);
   const bool keep = step.training && recompute_ != Recompute::gate_up;
   k.gate_up = (keep ? kept_ : scratch_).take({rows.rows, 2 * c.ffn}, normed.dtype);
   ops_.linear(k.gate_up, x, model_.layers[i].gate_up);

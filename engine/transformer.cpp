@@ -27,6 +27,21 @@ Step selected_of(const Step& step) {
 
 }  // namespace
 
+const Step& Transformer::behind_attention(const Step& step, std::size_t i) const {
+  const bool needs_all =
+      step.training || std::any_of(step.groups.begin(), step.groups.end(), [](const Group& g) {
+        return g.adapter != nullptr && g.adapter->router.capacity > 0;
+      });
+  return needs_all ? step : behind(step, i);
+}
+
+ConstTensor Transformer::taken_rows(const Step& step, const Step& taken, ConstTensor all) {
+  if (&taken == &step) return all;
+  const Tensor some = scratch_.take({taken.rows, all.cols()}, all.dtype);
+  gather(step, some, all);
+  return some;
+}
+
 void Transformer::gather(const Step& step, Tensor to, ConstTensor from) {
   for (const Group& g : step.groups)
     ops_.gather_rows(to.row_range(g.selected_begin, g.selected_end), from.row_range(g.begin, g.end),
@@ -149,12 +164,19 @@ void Transformer::add_and_norm(const Step& step, Tensor sum, Tensor normed, Tens
 void Transformer::layer_forward(const Step& step, std::size_t i, LayerKept& k, Tensor normed,
                                 Tensor delta, bool again) {
   const DType type = normed.dtype;
-  const std::int64_t n = step.rows, d = model_.config.hidden;
   attention_forward(step, i, k, normed, delta);
+  const Step& rows = behind_attention(step, i);
+  const std::int64_t n = rows.rows, d = model_.config.hidden;
+  normed = normed.row_range(0, n);
+  delta = delta.row_range(0, n);
   k.x2 = kept_.take({n, d}, type);
   k.r2 = kept_.take({n}, DType::f32);
-  add_and_norm(step, k.x2, normed, k.r2, k.x, delta, model_.layers[i].post_norm);
-  feed_forward(step, i, k, normed, delta, again);
+  {
+    const Scratch::Frame frame(scratch_);
+    add_and_norm(rows, k.x2, normed, k.r2, taken_rows(step, rows, k.x), delta,
+                 model_.layers[i].post_norm);
+  }
+  feed_forward(rows, i, k, normed, delta, again);
 }
 
 Tensor Transformer::forward(const Step& step) {
@@ -198,13 +220,8 @@ Tensor Transformer::forward(const Step& step) {
     if (!step.training || recompute_ == Recompute::layer) frame.emplace(kept_);
     layer_forward(step, i, layers_[i], normed, delta, false);
     const Step& rows = behind(step, i);
-    ConstTensor x2 = layers_[i].x2;
     const Scratch::Frame room(scratch_);
-    if (narrows(step, i)) {
-      const Tensor some = scratch_.take({rows.rows, d}, type);
-      gather(step, some, x2);
-      x2 = some;
-    }
+    const ConstTensor x2 = taken_rows(behind_attention(step, i), rows, layers_[i].x2);
     hidden = normed.row_range(0, rows.rows);
     add_and_norm(rows, layers_[i + 1].x, hidden, layers_[i + 1].r1, x2,
                  delta.row_range(0, rows.rows),

@@ -29,8 +29,9 @@ struct Step {
   Sequences sequences;
   std::vector<Group> groups;  // in row order, covering all rows
   /// The rows whose hidden state is wanted, (S) i32, counted from their group's first, no row
-  /// twice; absent: all. Nothing else reads what the last block's feed-forward half makes of a row,
-  /// so that half runs on these alone, behind its router, which chooses (and has its loss) by all.
+  /// twice; absent: all. Nothing else reads what the last block makes of a row behind its
+  /// attention, so the rest runs on these alone: in scoring from there on, in training behind the
+  /// router, whose losses are of all rows, as are places at experts of limited capacity.
   Tensor selected;
   Tensor selected_ids;    // (S, 4) i32: their ids
   bool training = false;  // dropout and jitter on, things kept for backward
@@ -53,8 +54,9 @@ struct LayerKept {
   Tensor qkv;      // (N, (H + 2 Hkv) head_dim), scaled and roped
   Tensor o, lse;   // (N, H head_dim); (N, H) f32
   Tensor x2, r2;   // (N, D) after attention; (N) f32
-  Tensor gate_up;  // (N, 2F); in the last layer, as what its groups keep behind their routers, of
-                   // the step's selected rows alone
+  Tensor gate_up;  // (N, 2F)
+  // In the last layer, where the step has selected rows: of these alone, from `gate_up` on and what
+  // groups keep behind their routers, or from `x2` on and all that groups keep behind attention.
   std::vector<GroupKept> groups;
 };
 
@@ -94,6 +96,12 @@ class Transformer {
   const Step& behind(const Step& step, std::size_t i) const {
     return narrows(step, i) ? selected_ : step;
   }
+  /// The step that follows layer i's attention: that of its experts already, unless their router
+  /// needs all rows.
+  const Step& behind_attention(const Step& step, std::size_t i) const;
+  /// Of a step's rows those that `taken`, one of the two above, has; gathered ones in scratch
+  /// memory of the caller's frame.
+  ConstTensor taken_rows(const Step& step, const Step& taken, ConstTensor all);
   /// The selected rows of all groups; back again, added.
   void gather(const Step& step, Tensor to, ConstTensor from);
   void scatter_add(const Step& step, Tensor to, ConstTensor from);

@@ -36,22 +36,23 @@ struct Figures {
   double score_tokens_per_s = 0;
 };
 
-/// The large products of a step and nothing else: the floor of a method. `down_rows` is what the
-/// down projection takes: the rows, once, or once a slot for MixDoRA; `last` the share of the rows
-/// that the last layer's feed-forward half takes, in training and in scoring.
+/// Of the rows, the shares that the last layer's products take.
 struct LastRows {
-  double trained = 1, scored = 1;
+  double o = 1, feed_forward = 1;
 };
+/// The large products of a step and nothing else: the floor of a method. `down_rows` is what the
+/// down projection takes: the rows, once, or once a slot for MixDoRA.
 class ProductsOnly {
  public:
   ProductsOnly(Backend& ops, const Model& model, std::int64_t rows, std::int64_t labels,
-               std::int64_t down_rows, LastRows last)
+               std::int64_t down_rows, LastRows trained, LastRows scored)
       : ops_(ops),
         model_(model),
         rows_(rows),
         labels_(labels),
         down_rows_(down_rows),
-        last_(last),
+        trained_(trained),
+        scored_(scored),
         arena_("products") {
     const ModelConfig& c = model.config;
     const DType type = ops.activation_type();
@@ -68,41 +69,41 @@ class ProductsOnly {
   double flops() const {
     double n = 0;
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
-      each(i, last_.trained, [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
+      each(i, trained_, [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
         n += static_cast<double>(w.out * w.in * rows) * (i == 0 && first ? 2 : 4);
       });
     return n + 4.0 * static_cast<double>(model_.config.vocab * model_.config.hidden * labels_);
   }
-  void forward() { all_layers(true, last_.scored); }
+  void forward() { all_layers(true, scored_); }
   void step() {
-    all_layers(true, last_.trained);
+    all_layers(true, trained_);
     for (std::int64_t at = 0; at < labels_; at += kChunk) {
       const std::int64_t m = std::min(kChunk, labels_ - at);
       ops_.linear(logits_.row_range(0, m), h_.row_range(0, m), model_.head);
       ops_.linear_backward(narrow(y_, m, model_.config.hidden), logits_.row_range(0, m),
                            model_.head, false);
     }
-    all_layers(false, last_.trained);
+    all_layers(false, trained_);
   }
 
  private:
   static constexpr std::int64_t kChunk = 640;
-  template <class F> void each(std::size_t i, double last, F&& f) const {
+  template <class F> void each(std::size_t i, LastRows last, F&& f) const {
     const LayerWeights& l = model_.layers[i];
-    const auto taken = [&](std::int64_t rows) {
-      return i + 1 < model_.layers.size() ? rows : std::llround(last * static_cast<double>(rows));
+    const auto taken = [&](std::int64_t rows, double share) {
+      return i + 1 < model_.layers.size() ? rows : std::llround(share * static_cast<double>(rows));
     };
     f(l.qkv, rows_, true);
-    f(l.o, rows_, false);
-    f(l.gate_up, taken(rows_), false);
-    f(l.down, taken(down_rows_), false);
+    f(l.o, taken(rows_, last.o), false);
+    f(l.gate_up, taken(rows_, last.feed_forward), false);
+    f(l.down, taken(down_rows_, last.feed_forward), false);
   }
   static Tensor narrow(Tensor t, std::int64_t rows, std::int64_t columns) {
     t.shape = Shape{rows, columns};
     t.stride = columns;
     return t;
   }
-  void all_layers(bool forward, double last) {
+  void all_layers(bool forward, LastRows last) {
     for (std::size_t i = 0; i < model_.layers.size(); ++i)
       each(i, last, [&](const FrozenMatrix& w, std::int64_t rows, bool first) {
         if (forward)
@@ -130,7 +131,7 @@ class ProductsOnly {
   Backend& ops_;
   const Model& model_;
   std::int64_t rows_, labels_, down_rows_;
-  LastRows last_;
+  LastRows trained_, scored_;
   Arena arena_;
   Tensor x_, y_, h_, logits_;
 };
@@ -212,16 +213,18 @@ std::int64_t down_rows(const std::vector<TrainJob>& jobs, double tokens) {
   return std::llround(rows);
 }
 
-/// Training hands on the rows of its labels alone where most have none; a question's label is
-/// offered at its prompt's last row.
-LastRows last_rows(const Workload& work) {
-  LastRows last;
-  if (std::llround(work.labels) <= most_selected(std::llround(work.tokens)))
-    last.trained = work.labels / work.tokens;
+/// Training's experts take the rows of its labels alone where most have none.
+LastRows rows_trained(const Workload& work) {
+  if (std::llround(work.labels) > most_selected(std::llround(work.tokens))) return {};
+  return {1, work.labels / work.tokens};
+}
+/// A question's label is offered at its prompt's last row: what attention hands on.
+LastRows rows_scored(const Workload& work) {
   double tokens = 0;
   for (const LabelRequest& r : work.requests) tokens += static_cast<double>(r.prompt.size());
-  if (tokens > 0) last.scored = static_cast<double>(work.requests.size()) / tokens;
-  return last;
+  if (tokens == 0) return {};
+  const double share = static_cast<double>(work.requests.size()) / tokens;
+  return {share, share};
 }
 
 int bench(const BenchArguments& o) {
@@ -263,7 +266,7 @@ int bench(const BenchArguments& o) {
     {
       ProductsOnly products(*ops, *model, std::llround(product_tokens),
                             std::llround(work.labels * count), down_rows(jobs, work.tokens),
-                            last_rows(work));
+                            rows_trained(work), rows_scored(work));
       step_seconds = median_seconds(*ops, o.steps - 1, [&] { products.step(); });
       forward_seconds = median_seconds(*ops, o.steps - 1, [&] { products.forward(); });
       flops = products.flops();

@@ -1,4 +1,5 @@
-// Rows without a label: the last block's feed-forward half leaves them out, and nothing else shows.
+// Rows without a label: the last block leaves them out behind its attention, and nothing shows it.
+#include <algorithm>
 
 #include "engine/batch.h"
 #include "engine/model.h"
@@ -33,9 +34,9 @@ AdapterSpec spec_named(const std::string& name) {
   s.num_experts = 4;
   s.router_loss = true;
   if (name == "top-p") s.routing_strategy = Routing::mixlora_dynamic;
-  if (name == "switch" || name == "switch-input") {
+  if (name.starts_with("switch")) {
     s.routing_strategy = Routing::mixlora_switch;
-    s.expert_capacity = 2;
+    s.expert_capacity = name == "switch-free" ? 0 : 2;
     s.jitter_noise = 0.1;
   }
   if (name == "switch-input") {
@@ -44,6 +45,9 @@ AdapterSpec spec_named(const std::string& name) {
   }
   return s;
 }
+
+const auto kNames = {"lora",  "dora",   "mixlora",     "mixdora",
+                     "top-p", "switch", "switch-free", "switch-input"};
 
 /// Two jobs of three texts each; the last two tokens of each are learned. `every`: all other rows
 /// have a label too, of weight 0.
@@ -68,6 +72,26 @@ HostBatch two_jobs(bool every) {
   return b;
 }
 
+/// The two jobs' adapters: LoRA, and one of `spec`.
+struct Adapters {
+  Adapters(Backend& ops, const Model& model, const AdapterSpec& spec,
+           DeviceAdapter::Update update) {
+    AdapterSpec other;
+    other.r = 6;
+    for (const AdapterSpec& s : {other, spec}) {
+      Adapter start(model.config, s);
+      std::uint32_t i = 0;
+      for (float& x : start.numbers())
+        x += 0.05F * static_cast<float>(static_cast<std::int32_t>(i++ * 2654435761U) % 1000) / 1000;
+      owned.push_back(std::make_unique<DeviceAdapter>(ops, model.config, s, 9, update));
+      owned.back()->upload(ops, start.numbers());
+      pointers.push_back(owned.back().get());
+    }
+  }
+  std::vector<std::unique_ptr<DeviceAdapter>> owned;
+  std::vector<DeviceAdapter*> pointers;
+};
+
 /// Losses and gradients of both jobs.
 struct Outcome {
   std::vector<double> losses;
@@ -75,28 +99,15 @@ struct Outcome {
 };
 Outcome outcome(Backend& ops, const Model& model, const AdapterSpec& spec, const HostBatch& batch,
                 Recompute recompute) {
-  AdapterSpec other;
-  other.r = 6;
-  std::vector<std::unique_ptr<DeviceAdapter>> adapters;
-  std::vector<DeviceAdapter*> pointers;
-  for (const AdapterSpec& s : {other, spec}) {
-    Adapter start(model.config, s);
-    std::uint32_t i = 0;
-    for (float& x : start.numbers())
-      x += 0.05F * static_cast<float>(static_cast<std::int32_t>(i++ * 2654435761U) % 1000) / 1000;
-    adapters.push_back(std::make_unique<DeviceAdapter>(ops, model.config, s, 9,
-                                                       DeviceAdapter::Update::after_backward));
-    adapters.back()->upload(ops, start.numbers());
-    pointers.push_back(adapters.back().get());
-  }
-  Pass pass(ops, model, pointers, batch, true, recompute);
+  const Adapters adapters(ops, model, spec, DeviceAdapter::Update::after_backward);
+  Pass pass(ops, model, adapters.pointers, batch, true, recompute);
   pass.train(batch, {1, 1});
   Outcome out;
   for (const auto& l : pass.losses(batch)) {
     out.losses.push_back(l.loss);
     out.losses.push_back(l.aux);
   }
-  for (const DeviceAdapter* a : pointers) {
+  for (const DeviceAdapter* a : adapters.pointers) {
     std::vector<float> own(static_cast<std::size_t>(a->grads.numel()));
     ops.download(own.data(), a->grads);
     out.gradients.insert(out.gradients.end(), own.begin(), own.end());
@@ -112,8 +123,7 @@ void require_same(Backend& ops, float bound) {
   REQUIRE(selected_rows(few).has_value());
   REQUIRE_FALSE(selected_rows(every).has_value());
   for (const auto recompute : {Recompute::none, Recompute::gate_up, Recompute::layer}) {
-    for (const std::string name :
-         {"lora", "dora", "mixlora", "mixdora", "top-p", "switch", "switch-input"}) {
+    for (const std::string name : kNames) {
       INFO(name << " " << static_cast<int>(recompute));
       const AdapterSpec spec = spec_named(name);
       const Outcome some = outcome(ops, *model, spec, few, recompute),
@@ -132,15 +142,57 @@ void require_same(Backend& ops, float bound) {
   }
 }
 
+/// Of each learned label its log softmax and the logits of three columns.
+std::vector<float> scores(Pass& pass, const HostBatch& batch) {
+  std::vector<float> out, log_prob, greedy;
+  pass.log_probs(batch, log_prob, greedy);
+  const std::vector<std::int32_t> columns{2, 11, 43};
+  const std::vector<float> logits = pass.label_logits(batch, columns);
+  for (std::size_t m = 0; m < log_prob.size(); ++m) {
+    if (batch.weights[m] == 0) continue;
+    out.push_back(log_prob[m]);
+    for (std::size_t c = 0; c < columns.size(); ++c) out.push_back(logits[m * columns.size() + c]);
+  }
+  return out;
+}
+
+/// The same for scores.
+void require_same_scores(Backend& ops, float bound) {
+  const auto model = Model::random_weights(ops, small());
+  const HostBatch few = two_jobs(false), every = two_jobs(true);
+  for (const std::string name : kNames) {
+    INFO(name);
+    const Adapters adapters(ops, *model, spec_named(name), DeviceAdapter::Update::none);
+    Pass pass(ops, *model, adapters.pointers, every, false, Recompute::none);
+    CHECK(pass.bytes() ==
+          Pass::planned_bytes(ops, *model, adapters.pointers, every, false, Recompute::none));
+    const std::vector<float> some = scores(pass, few), all = scores(pass, every);
+    REQUIRE(some.size() == std::size_t{2} * 3 * 2 * 4);
+    REQUIRE(some.size() == all.size());
+    float largest = 0, off = 0;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      largest = std::max(largest, std::abs(all[i]));
+      off = std::max(off, std::abs(some[i] - all[i]));
+    }
+    CHECK(largest > 0.1F);
+    CHECK(off <= bound * std::max(1.0F, largest));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("rows without a label may leave before the last experts", "[engine][selected]") {
   require_same(*make_cpu_backend(Precision::fp32), 2e-6F);
 }
 
+TEST_CASE("scoring leaves them behind the last attention, to the bit", "[engine][selected]") {
+  require_same_scores(*make_cpu_backend(Precision::fp32), 0);
+}
+
 TEST_CASE("the same on CUDA", "[engine][selected][cuda]") {
   if (no_cuda()) return;
   require_same(*make_cuda_backend(Precision::fp32), 2e-6F);
+  require_same_scores(*make_cuda_backend(Precision::fp32), 2e-6F);
 }
 
 TEST_CASE("the rows of labels, each once, by part", "[engine][selected]") {
