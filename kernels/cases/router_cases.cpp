@@ -10,7 +10,16 @@ using reference::Index;
 struct Routing {
   std::string name;
   Router router;
+  bool ties = false;  // of many logits of a row
 };
+/// Two or three experts of a row have each of these logits.
+std::vector<double> tied_logits(Index n, Index e) {
+  std::vector<double> logits;
+  for (Index row = 0; row < n; ++row)
+    for (Index i = 0; i < e; ++i)
+      logits.push_back(static_cast<double>((row * row + i * i) % 5) / 2);
+  return logits;
+}
 
 std::vector<Routing> routings(Index e) {
   const Index k = e < 2 ? 1 : 2;
@@ -51,7 +60,9 @@ OpCase route(const Routing& g, Index n) {
   return {
       "route " + g.name + " x" + std::to_string(n), kSummed,
       10.0 * static_cast<double>(n * r.experts), [=](Workbench& w) {
-        Array &logits = w.input({n, r.experts}, DType::f32), &t = w.integers({2, 4}, table);
+        Array& logits = g.ties ? w.numbers({n, r.experts}, DType::f32, tied_logits(n, r.experts))
+                               : w.input({n, r.experts}, DType::f32);
+        Array& t = w.integers({2, 4}, table);
         Array &expert = w.output("expert", {n, r.slots}, DType::i32),
               &weight = w.output("weight", {n, r.slots}, DType::f32);
         Array &p = w.output("probabilities", {n, r.experts}, DType::f32),
@@ -146,6 +157,21 @@ void add_router_cases(std::vector<OpCase>& t) {
         t.push_back(route(g, n));
         t.push_back(route_backward(g, n));
       }
+  // More lanes a row, several experts a lane, more rows than there are lanes.
+  for (const Routing& g : routings(12)) {
+    t.push_back(route(g, 130));
+    t.push_back(route_backward(g, 130));
+  }
+  for (const Routing& g : routings(40)) {
+    t.push_back(route(g, 2100));
+    t.push_back(route_backward(g, 65));
+  }
+  t.push_back(route({"top_k E8", {RouterKind::top_k, 8, 2}}, 8300));
+  for (const Index e : {5, 8, 40}) {
+    const std::string name = "ties E" + std::to_string(e);
+    t.push_back(route({"top_k " + name, {RouterKind::top_k, e, 3}, true}, 90));
+    t.push_back(route({"switch " + name, {RouterKind::switch_top1, e, 1}, true}, 90));
+  }
   for (const bool per_layer : {false, true}) {
     t.push_back(balance(1, 3, 300, per_layer));
     t.push_back(balance(32, 8, 500, per_layer));

@@ -81,7 +81,8 @@ __device__ inline int up_to(int x, int lane) {  // with all lanes before
 template <int Blocks, class Key>
 __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool held_here,
                               Key key_of) {
-  constexpr int kThreads = kSortThreads<Blocks>, kWarps = kThreads / kWarp;
+  constexpr int kThreads = kSortThreads<Blocks>, kWarps = kThreads / kWarp,
+                kAhead = 4;  // items of a thread whose keys are on their way
   __shared__ int2 warp_sums[kWarps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
             block = static_cast<int>(blockIdx.x) % Blocks;
@@ -89,9 +90,16 @@ __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool 
   const int chunk = SortRoom<Blocks>::chunk(s.items), block_from = block * kWarps * chunk,
             from = block_from + warp * chunk, to = min(s.items, from + chunk);
   std::uint32_t* held = held_here ? room.held : s.held + block_from;
-#pragma unroll 4
-  for (int i = from + lane; i < to; i += kWarp)
-    held[i - block_from] = static_cast<std::uint32_t>(key_of(i));
+#pragma unroll 1
+  for (int first = from + lane; first < to; first += kAhead * kWarp) {
+    int key[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) key[j] = key_of(min(first + j * kWarp, to - 1));
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (const int i = first + j * kWarp; i < to)
+        held[i - block_from] = static_cast<std::uint32_t>(key[j]);
+  }
   std::int32_t* own = room.counts + warp * s.keys;
 #pragma unroll 1
   for (int key = lane; key < s.keys; key += kWarp) own[key] = 0;
