@@ -291,7 +291,9 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
     const std::int64_t width = ad.experts * ad.rank;
     const bool down = l.down_a.present();
     Tensor d_core = d_y;
-    ScaledColumns one_scale;  // of a single expert: it goes with B's gradients
+    // DoRA's scales go with B's gradients.
+    ScaledColumns one_scale;
+    ScaledSlots scaled_slots;
     if (ad.per_slot) {
       const Tensor slots_d = scratch_.take({ad.slots, g.rows(), c.hidden}, type);
       d_core = slots_d.reshaped({taken, c.hidden});
@@ -299,14 +301,19 @@ void Transformer::feed_forward_backward(const Step& step, std::size_t i, LayerKe
         one_scale = {gk.core_down.reshaped({taken, c.hidden}), flat_row(ad.scales[i].down, 0),
                      d_core, flat_row(ad.d_scales.down, 0)};
       else
-        ops_.slot_combine_backward(slots_d, d_weights[j], ad.d_scales.down, d_y, gk.core_down,
-                                   ad.scales[i].down, gk.slots);
+        scaled_slots = {gk.core_down, ad.scales[i].down, slots_d, d_weights[j], ad.d_scales.down};
     }
     const Tensor d_h = scratch_.take(
         ad.per_slot ? Shape{ad.slots, g.rows(), c.ffn} : Shape{g.rows(), c.ffn}, type);
     Tensor q;
-    if (down) {
-      q = scratch_.take({taken, width}, type);
+    if (down) q = scratch_.take({taken, width}, type);
+    if (down && scaled_slots.scale) {
+      ops_.slots_b_backward(l.down_b.grad, q, d_y, gk.z, l.down_b.compute, gk.slots, scaled_slots,
+                            scratch_.take({taken, width}, type));
+    } else if (scaled_slots.scale) {
+      ops_.slot_combine_backward(scaled_slots.d_core, scaled_slots.d_weight, scaled_slots.d_scale,
+                                 d_y, scaled_slots.core, scaled_slots.scale, gk.slots);
+    } else if (down) {
       const LowRankBackward b{l.down_b.grad,
                               q,
                               one_scale.scale ? d_y : d_core,

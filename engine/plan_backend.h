@@ -96,6 +96,8 @@ class PlanBackend final : public Backend {
                              Tensor) override {}
   void slot_combine_backward(Tensor, Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor,
                              const Slots&) override {}
+  void slots_b_backward(Tensor, Tensor, ConstTensor, ConstTensor, ConstTensor, const Slots&,
+                        const ScaledSlots&, Tensor) override {}
   void overflow_input(Tensor, ConstTensor, const Slots&) override {}
   void overflow_input_backward(Tensor, Tensor, Tensor, ConstTensor, const Slots&) override {}
   void cross_entropy(Tensor, Tensor, ConstTensor, ConstTensor) override {}

@@ -110,4 +110,13 @@ void Backend::combine_slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor 
   add_rmsnorm(sum, y, r, x, delta, w, eps);
 }
 
+void Backend::slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstTensor z, ConstTensor b,
+                               const Slots& slots, const ScaledSlots& scaled, Tensor room) {
+  slot_combine_backward(scaled.d_core, scaled.d_weight, scaled.d_scale, d_y, scaled.core,
+                        scaled.scale, slots);
+  slots_to_columns(room, z, slots, true);
+  const LowRankBackward one{d_b, q, scaled.d_core.reshaped({room.rows(), d_y.cols()}), room, b};
+  lora_b_backward({&one, 1}, 1);
+}
+
 }  // namespace mixlora

@@ -115,6 +115,12 @@ struct Slots {
   std::int64_t rank = 0;  // R of each expert
 };
 
+/// What slots_b_backward reads and leaves of DoRA's scaled slots, as slot_combine_backward does.
+struct ScaledSlots {
+  ConstTensor core, scale;           // (K, N, D), (E, D) f32
+  Tensor d_core, d_weight, d_scale;  // overwritten (K, N, D), (N, K) f32; added to
+};
+
 /// Trainable factors of one gated feed-forward block, in the compute type. Any may be absent.
 struct MixtureWeights {
   ConstTensor gate_b, up_b;          // (E, F, R)
@@ -432,6 +438,12 @@ class Backend {
   virtual void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale,
                                      ConstTensor d_y, ConstTensor core, ConstTensor scale,
                                      const Slots& slots) = 0;
+  /// slot_combine_backward, then of z_k B_e^T in core_k, no row having an expert twice:
+  ///   q (K N, E R), row k N + n = d_core_k B_e in its expert's ranks; others are not to be read
+  ///   d_b (D, E R) f32 += d_core_k^T z_k in the ranks of e
+  /// d_y (N, D)  z (N, K R)  b (D, E R)  room (K N, E R) of their type, overwritten
+  virtual void slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstTensor z, ConstTensor b,
+                                const Slots& slots, const ScaledSlots& scaled, Tensor room);
   /// Rows over capacity under Overflow::input give y = w x instead of the block's output:
   /// y[n] = weight[n] x[n] where expert is -1 and overflow is input; others untouched.
   virtual void overflow_input(Tensor y, ConstTensor x, const Slots& slots) = 0;

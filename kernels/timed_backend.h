@@ -310,6 +310,11 @@ class TimedBackend : public Backend {
       inner_.slot_combine_backward(d_core, d_weight, d_scale, d_y, core, scale, slots);
     });
   }
+  void slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstTensor z, ConstTensor b,
+                        const Slots& slots, const ScaledSlots& scaled, Tensor room) override {
+    timed(Family::dora, "slots_b_backward",
+          [&] { inner_.slots_b_backward(d_b, q, d_y, z, b, slots, scaled, room); });
+  }
   void overflow_input(Tensor y, ConstTensor x, const Slots& slots) override {
     timed(Family::router, "overflow_input", [&] { inner_.overflow_input(y, x, slots); });
   }

@@ -233,6 +233,45 @@ OpCase norm_of_combined(Index n, Index d, Index e, Index k, Index r) {
           }};
 }
 
+OpCase b_of_combined(Index n, Index d, Index e, Index k, Index r) {
+  return {
+      "slots_b_backward " + times({n, d, e, k, r}), kChained,
+      static_cast<double>(n * k * d) * (7 + 4.0 * static_cast<double>(r)), [=](Workbench& w) {
+        const SlotArrays s = random_slots(w, n, e, k, r);
+        std::vector<std::int32_t> own;  // ranks of q, by experts, that are there
+        for (Index i = 0; i < n * k; ++i)
+          if (const auto chosen = s.expert->ints[static_cast<std::size_t>(i)]; chosen >= 0)
+            own.push_back(static_cast<std::int32_t>((i % k * n + i / k) * e + chosen));
+        const auto many = static_cast<Index>(own.size());
+        Array &core = w.input({k, n, d}, w.act()), &z = w.input({n, k * r}, w.act()),
+              &g = w.input({n, d}, w.act()), &b = w.input({d, e * r}, w.act(), 0.3),
+              &scale = w.input({e, d}, DType::f32, 0.1, 1), &room = w.scratch({k * n, e * r}),
+              &all_q = w.scratch({k * n, e * r}), &index = w.integers({many}, own);
+        Array &q = w.output("q", {many, r}, w.act()),
+              &d_core = w.output("d_core", {k, n, d}, w.act()),
+              &d_w = w.output("d_weight", {n, k}, DType::f32),
+              &d_scale = w.updated("d_scale", {e, d}, DType::f32),
+              &d_b = w.updated("d_b", {d, e * r}, DType::f32);
+        w.run = [=, &w, &core, &z, &g, &b, &scale, &room, &all_q, &index, &q, &d_core, &d_w,
+                 &d_scale, &d_b] {
+          w.ops.slots_b_backward(
+              d_b.device, all_q.device, g.device, z.device, b.device, s.device(),
+              {core.device, scale.device, d_core.device, d_w.device, d_scale.device}, room.device);
+          w.ops.gather_rows(q.device, all_q.device.reshaped({k * n * e, r}), index.device);
+        };
+        w.reference = [=, &core, &z, &g, &b, &scale, &index, &q, &d_core, &d_w, &d_scale, &d_b] {
+          std::vector<double> columns(static_cast<std::size_t>(k * n * e * r)), whole = columns;
+          reference::slot_combine_backward(d_core.data(), d_w.data(), d_scale.data(), g.data(),
+                                           core.data(), scale.data(), s.host(), n, d);
+          reference::slots_to_columns(columns.data(), z.data(), s.host(), true, n);
+          reference::lora_b_backward(d_b.data(), whole.data(), d_core.data(), columns.data(),
+                                     b.data(), 1, k * n, d, e * r);
+          for (Index i = 0; i < many; ++i)
+            std::copy_n(whole.begin() + index.index()[i] * r, r, q.data() + i * r);
+        };
+      }};
+}
+
 void slot_cases(std::vector<OpCase>& t, Index n, Index d, Index e, Index k) {
   const double work = static_cast<double>(n * k * d);
   const auto shape = times({n, d, e, k});
@@ -351,6 +390,10 @@ void add_mixture_cases(std::vector<OpCase>& t) {
   t.push_back(norm_with_update(130, 576, 8, 2, 16));
   t.push_back(norm_with_update(700, 1088, 8, 2, 16));
   t.push_back(norm_of_combined(700, 1088, 8, 2, 16));
+  t.push_back(b_of_combined(9, 33, 3, 2, 4));
+  t.push_back(b_of_combined(21, 64, 4, 2, 16));
+  t.push_back(b_of_combined(130, 576, 8, 2, 16));
+  t.push_back(b_of_combined(700, 1088, 8, 2, 16));
   slot_cases(t, 9, 33, 3, 2);
   slot_cases(t, 128, 576, 8, 2);
 }

@@ -126,6 +126,8 @@ class CudaBackend final : public Backend {
   void slot_combine(Tensor y, ConstTensor core, ConstTensor scale, const Slots& slots) override;
   void slot_combine_backward(Tensor d_core, Tensor d_weight, Tensor d_scale, ConstTensor d_y,
                              ConstTensor core, ConstTensor scale, const Slots& slots) override;
+  void slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstTensor z, ConstTensor b,
+                        const Slots& s, const ScaledSlots& x, Tensor room) override;
   void overflow_input(Tensor y, ConstTensor x, const Slots& slots) override;
   void overflow_input_backward(Tensor d_x, Tensor d_weight, Tensor d_y, ConstTensor x,
                                const Slots& slots) override;
