@@ -37,13 +37,19 @@ SlotArrays random_slots(Workbench& w, Index n, Index e, Index k, Index rank) {
   SlotArrays s{nullptr, nullptr, e, k, rank};
   if (e == 1) return s;
   std::vector<std::int32_t> expert;
+  std::vector<double> weight;
   for (Index i = 0; i < n; ++i) {
     const auto first = w.below(e);
-    for (Index j = 0; j < k; ++j)
-      expert.push_back(w.below(8) == 0 ? -1 : static_cast<std::int32_t>((first + j) % e));
+    for (Index j = 0; j < k; ++j) {
+      const bool none = w.below(8) == 0;
+      expert.push_back(none ? -1 : static_cast<std::int32_t>((first + j) % e));
+      // A slot without an expert may pass its row on (overflow), or not be there (top-p).
+      const double share = 0.75 + w.below(1024) / 2048.0;
+      weight.push_back(none && w.below(2) == 0 ? 0 : share / static_cast<double>(k));
+    }
   }
   s.expert = &w.integers({n, k}, expert);
-  s.weight = &w.input({n, k}, DType::f32, 0.1, 1.0 / static_cast<double>(k));
+  s.weight = &w.numbers({n, k}, DType::f32, weight);
   return s;
 }
 

@@ -123,13 +123,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float4 part = parts[w * kFragments * kWarp];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    reinterpret_cast<float4*>(to)[warp * kWarp + lane] = sum;
+    reinterpret_cast<uint2*>(to)[warp * kWarp + lane] =
+        make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
     if (thread >= S::kByRow * kRows) return;
     const float* by_row = reinterpret_cast<const float*>(met + S::kRowSums) + thread;
     float row_sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) row_sum += by_row[w * S::kByRow * kRows];
-    to[kFragments * kFragment + thread] = row_sum;
+    to[S::kRowPlace + thread] = row_sum;
   };
 
   float b1[kSlots][2][2][4] = {}, b3[kSlots][2][2][4] = {}, a2[kSlots][4][4] = {};

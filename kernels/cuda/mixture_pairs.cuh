@@ -131,8 +131,9 @@ template <bool Scaled> struct Room {
                        kMeetingBytes = kRowSums + kWarps * kByRow * kRows * 4,
                        kLists = kMeeting + kMeetings * kMeetingBytes,
                        kBytes = kLists + TileLists::kBytes;
-  /// What a block leaves of a tile at TileRoom::sums: the fragments, the sums by row.
-  static constexpr int kPlace = kFragments * kFragment + kByRow * kRows;
+  /// What a block leaves of a tile at TileRoom::sums, in floats: the fragments, which are bf16 (p
+  /// is rounded so anyhow; they are half the traffic), and from kRowPlace on the sums by row.
+  static constexpr int kRowPlace = kFragments * kFragment / 2, kPlace = kRowPlace + kByRow * kRows;
 };
 
 /// What blocks leave of the gradients: (split, E F R) of B1, of B3, of A2, (split, E F) of either

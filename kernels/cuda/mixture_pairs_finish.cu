@@ -17,12 +17,12 @@ __device__ void finish_rows(const TileCall& m, const TileRoom& room, int tile) {
     const auto rows = tile_of<kSlots>(m, tile, lane / 4);
     const int e = warp < kFragments / 2 ? rows.expert[0] : rows.expert[1];
     if (e < 0) return;
-    const auto* from = reinterpret_cast<const float4*>(place) + warp * kWarp + lane;
+    const auto* from = reinterpret_cast<const uint2*>(place) + warp * kWarp + lane;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
     for (int i = 0; i < room.splits; ++i) {
-      const float4 part = from[i * (Room<Scaled>::kPlace / 4)];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      const uint2 part = from[i * (Room<Scaled>::kPlace / 2)];
+      sum.x += low(part.x), sum.y += high(part.x), sum.z += low(part.y), sum.w += high(part.y);
     }
     const int up = warp / 2 % 2, r = 8 * (warp % 2) + 2 * (lane % 4);
     if (r >= m.rank) return;
@@ -37,7 +37,7 @@ __device__ void finish_rows(const TileCall& m, const TileRoom& room, int tile) {
   const int i = lane % kRows, k = lane / kRows;
   const bool live = m.order[tile * kRows + i] >= 0;
   const int row = live ? m.order[tile * kRows + i] : 0;
-  const float* from = place + kFragments * kFragment + i;
+  const float* from = place + Room<Scaled>::kRowPlace + i;
   float sum = 0, dot = 0;
 #pragma unroll 8
   for (int j = 0; j < room.splits; ++j) {
@@ -68,19 +68,19 @@ __device__ void finish_rows(const TileCall& m, const TileRoom& room, int tile) {
 }
 /// B1, B3 and A2 += the splits' sums, and the scales; four numbers a thread.
 template <bool Scaled>
-__device__ void finish_gradients(const TileCall& m, const Sums& in, Index unit) {
-  const Index one = m.width * m.rank / 4, quads = m.experts * one;
-  const auto which = static_cast<int>(unit / quads);
-  const auto add = [&](float* grads, const float* parts, Index i, Index of_expert) {
+__device__ void finish_gradients(const TileCall& m, const Sums& in, int unit) {
+  const int one = static_cast<int>(m.width) * m.rank / 4, quads = m.experts * one,
+            which = unit / quads;
+  const auto add = [&](float* grads, const float* parts, int i, int of_expert) {
     if (grads == nullptr || i >= m.experts * of_expert) return;
-    const auto e = static_cast<int>(i / of_expert);
+    const int e = i / of_expert;
     auto* to = reinterpret_cast<float4*>(grads) + i;
     const auto* from = reinterpret_cast<const float4*>(parts) + i;
     float4 sum = make_float4(0, 0, 0, 0), old = *to;
 #pragma unroll 4
     for (int s = 0; s < in.splits; ++s) {
       if ((in.seen[s] >> e & 1) == 0) continue;
-      const float4 part = from[s * m.experts * of_expert];
+      const float4 part = from[static_cast<Index>(s) * m.experts * of_expert];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     *to = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
@@ -94,11 +94,12 @@ __device__ void finish_gradients(const TileCall& m, const Sums& in, Index unit) 
                      : in.a2,
         unit % quads, one);
   } else if constexpr (Scaled) {
-    const Index i = unit - 3 * quads, each = m.experts * m.width / 4;
+    const int i = unit - 3 * quads, of_expert = static_cast<int>(m.width) / 4,
+              each = m.experts * of_expert;
     if (i < each)
-      add(m.d_gate_scale, in.scale1, i, m.width / 4);
+      add(m.d_gate_scale, in.scale1, i, of_expert);
     else
-      add(m.d_up_scale, in.scale3, i - each, m.width / 4);
+      add(m.d_up_scale, in.scale3, i - each, of_expert);
   }
 }
 /// grid (tiles, then the gradients' parts)
@@ -111,23 +112,23 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_rows<Scaled>(m, room, block);
   else
     finish_gradients<Scaled>(m, in,
-                             static_cast<Index>(block - tiles) * kFinishThreads + threadIdx.x);
+                             (block - tiles) * kFinishThreads + static_cast<int>(threadIdx.x));
 }
 
 }  // namespace
 
 void finish(const TileCall& c, const TileRoom& room, const Sums& sums, unsigned tiles,
             cudaStream_t stream) {
-  const auto launch = [&](auto scaled) {
+  const auto run = [&](auto scaled) {
     const Index units = c.experts * c.width * (3 * c.rank + (scaled() ? 2 : 0)) / 4;
     const auto blocks = tiles + static_cast<unsigned>(ceil_div<Index>(units, kFinishThreads));
     finish_kernel<scaled()>
         <<<blocks, kFinishThreads, 0, stream>>>(c, room, sums, static_cast<int>(tiles));
   };
   if (has_scales(c))
-    launch(std::true_type{});
+    run(std::true_type{});
   else
-    launch(std::false_type{});
+    run(std::false_type{});
   launched("mixture_backward of pairs");
 }
 

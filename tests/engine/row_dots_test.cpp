@@ -147,8 +147,14 @@ TEST_CASE("a norm is given the dots of its own rows", "[engine][cuda]") {
     std::vector<TrainJob> jobs;
     for (const Method m : methods) jobs.push_back(dots_job(m));
     TrainOptions options;
-    TrainObserver observer;
-    (void)train(ops, *model, jobs, options, observer);
+    std::vector<double> losses[2];
+    for (auto& own : losses) {
+      TrainObserver observer;
+      observer.on_step = [&](const StepRecord& r) { own.push_back(r.loss + r.aux_loss); };
+      (void)train(ops, *model, jobs, options, observer);
+    }
+    CHECK(losses[0].size() == 4 * methods.size());
+    CHECK(losses[0] == losses[1]);  // the same bits twice
     const double error = std::sqrt(ops.difference / ops.terms);
     std::cout << name << ": dots of " << ops.given << " norms within " << error << " of "
               << "their terms, " << ops.missing << " made by the norm\n";
