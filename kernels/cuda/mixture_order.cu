@@ -212,9 +212,10 @@ __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool 
 }
 
 __device__ void turn(const Turn& t, int unit) {
-  const int half = t.width / 2, eight = unit / half, f = unit % half * 2;  // of all experts' ranks
-  const int e = eight / (t.rank / 8), r = eight % (t.rank / 8) * 8;
-  const Number* from = t.from + (static_cast<Index>(eight) * 8 * t.width + f);
+  // Neighbouring lanes have all ranks of two columns, so that they write them as they lie.
+  const int eights = t.rank / 8, r = unit % eights * 8, pair = unit / eights, half = t.width / 2;
+  const int e = pair / half, f = pair % half * 2;
+  const Number* from = t.from + ((static_cast<Index>(e) * t.rank + r) * t.width + f);
   unsigned x[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = load_pair(from + static_cast<Index>(i) * t.width);

@@ -282,6 +282,17 @@ template <int Lanes, int Each> class Ranking {
   unsigned open_ = 0;
 };
 
+/// Counts a block that has come, 0 again after the last of `blocks`: whether this one is it. The
+/// last one sees, behind its next barrier, what the others wrote before theirs.
+__device__ bool is_last(unsigned* arrived, unsigned blocks) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(arrived), "r"(blocks - 1)
+               : "memory");
+  return before == blocks - 1;
+}
+
 /// `Lanes` lanes a row: softmax in double as on the CPU, then the choice expert by expert. A row's
 /// part of the statistics stays in registers until the block's sums are written; the block that is
 /// the last to come adds all blocks' in a fixed order. `arrived` counts them, 0 before and after.
@@ -377,26 +388,31 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
     parts[static_cast<Index>(i) * blocks + blockIdx.x] = sum;
-    __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrived, 1U) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = is_last(arrived, gridDim.x);
   __syncthreads();
   if (!last) return;
-  __threadfence();
-  constexpr int kLanes = 8;  // of a statistic
+  constexpr int kLanes = 8, kAhead = 16;  // of a statistic; parts on their way
   const int part = static_cast<int>(threadIdx.x) % kLanes;
   for (int first = 0; first < width; first += kWarps * kWarp / kLanes) {
     const int i = first + static_cast<int>(threadIdx.x) / kLanes;
     double sum = 0;
-    if (i < width)
-#pragma unroll 16
-      for (int b = part; b < blocks; b += kLanes)
-        sum += __ldcg(parts + static_cast<Index>(i) * blocks + b);
+#pragma unroll 1
+    for (int b = part; b < blocks; b += kLanes * kAhead) {
+      double x[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int block = b + j * kLanes;
+        x[j] = i < width && block < blocks ? __ldcg(parts + static_cast<Index>(i) * blocks + block)
+                                           : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) sum += x[j];
+    }
     sum = row_sum<kLanes>(sum);
     if (i < width && part == 0) stats[i] = static_cast<float>(sum);
   }
-  if (threadIdx.x == 0) *arrived = 0;
 }
 
 /// One warp a sequence, 32 rows at a time: a row beyond the expert's capacity, counting the rows
