@@ -285,12 +285,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             x[i] = d_h * value * act.slope;
             y[i] = d_h * act.value;
             z[i] = kept_scale * product;
-            dot[h] += gate_u * x[i];
             if constexpr (Scaled) {
-              dot[h] += value * y[i];
-              from_x[i] = x[i] * u[t][at], from_y[i] = y[i] * v[t][at];
+              // The scales' gradients times the scales: finish_kernel divides.
+              from_x[i] = gate_u * x[i], from_y[i] = value * y[i];
+              dot[h] += from_x[i] + from_y[i];
               x[i] *= s1[i], y[i] *= s3[i];
             } else {
+              dot[h] += gate_u * x[i];
               d_weight[h] += product * from_out[t][at];
             }
             gate_sum[pair][t][at] = k == 0 ? x[i] : gate_sum[pair][t][at] + x[i];

@@ -71,7 +71,7 @@ template <bool Scaled>
 __device__ void finish_gradients(const TileCall& m, const Sums& in, int unit) {
   const int one = static_cast<int>(m.width) * m.rank / 4, quads = m.experts * one,
             which = unit / quads;
-  const auto add = [&](float* grads, const float* parts, int i, int of_expert) {
+  const auto add = [&](float* grads, const float* parts, int i, int of_expert, const float* scale) {
     if (grads == nullptr || i >= m.experts * of_expert) return;
     const int e = i / of_expert;
     auto* to = reinterpret_cast<float4*>(grads) + i;
@@ -83,6 +83,11 @@ __device__ void finish_gradients(const TileCall& m, const Sums& in, int unit) {
       const float4 part = from[static_cast<Index>(s) * m.experts * of_expert];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
+    if constexpr (Scaled)
+      if (scale != nullptr) {
+        const float4 by = reinterpret_cast<const float4*>(scale)[i];
+        sum = make_float4(sum.x / by.x, sum.y / by.y, sum.z / by.z, sum.w / by.w);
+      }
     *to = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
   };
   if (which < 3) {
@@ -92,14 +97,14 @@ __device__ void finish_gradients(const TileCall& m, const Sums& in, int unit) {
         which == 0   ? in.b1
         : which == 1 ? in.b3
                      : in.a2,
-        unit % quads, one);
+        unit % quads, one, nullptr);
   } else if constexpr (Scaled) {
     const int i = unit - 3 * quads, of_expert = static_cast<int>(m.width) / 4,
               each = m.experts * of_expert;
     if (i < each)
-      add(m.d_gate_scale, in.scale1, i, of_expert);
+      add(m.d_gate_scale, in.scale1, i, of_expert, m.gate_scale);
     else
-      add(m.d_up_scale, in.scale3, i - each, of_expert);
+      add(m.d_up_scale, in.scale3, i - each, of_expert, m.up_scale);
   }
 }
 /// grid (tiles, then the gradients' parts)
