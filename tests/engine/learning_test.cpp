@@ -115,9 +115,13 @@ TEST_CASE("every method learns to reverse a sequence", "[engine][learning]") {
   const auto model = Model::random_weights(*ops, tiny());
   const auto* name = GENERATE("lora", "dora", "mixlora", "mixdora", "top-p", "switch");
   INFO(name);
-  const auto runs = run(*ops, *model, {variant(name)});
+  TrainJob j = variant(name);
+  j.train.lr = 3e-3;
+  j.train.max_grad_norm = 1;
+  j.train.num_epochs = 16;  // converged: rounding moves the end by little
+  const auto runs = run(*ops, *model, {j});
   REQUIRE(runs[0].losses.front() > 3.0);         // about log 40
-  CHECK(mean_of_last(runs[0].losses, 8) < 1.3);  // log 8 = 2.08 is knowing the alphabet alone
+  CHECK(mean_of_last(runs[0].losses, 8) < 0.8);  // log 8 = 2.08 is knowing the alphabet alone
 }
 
 TEST_CASE("the same training twice gives the same bits", "[engine][determinism]") {
