@@ -399,6 +399,7 @@ void add_mixture_cases(std::vector<OpCase>& t) {
   t.push_back(b_of_combined(9, 33, 3, 2, 4));
   t.push_back(b_of_combined(21, 64, 4, 2, 16));
   t.push_back(b_of_combined(130, 576, 8, 2, 16));
+  t.push_back(b_of_combined(260, 288, 4, 2, 16));
   t.push_back(b_of_combined(700, 1088, 8, 2, 16));
   slot_cases(t, 9, 33, 3, 2);
   slot_cases(t, 128, 576, 8, 2);

@@ -7,7 +7,9 @@
 // so that both products are of d_y, once for both slots. d_scale is the product of (d_y core_k)^T
 // with the slots' weights, an expert a column.
 #include <algorithm>
+#include <map>
 
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/slot_update.cuh"
 
@@ -16,6 +18,7 @@ namespace {
 
 using cuda::ceil_div;
 using cuda::Index;
+using cuda::kPiece;
 using cuda::kRows;
 using cuda::kWarp;
 using cuda::Number;
@@ -27,7 +30,7 @@ constexpr int kWarps = kRows, kThreads = kWarps * kWarp;  // a warp a row of a t
 constexpr int kStages = 4;                                // tiles that are there or on their way
 constexpr int kTiles = SlotUpdate::kTiles;                // of 32 columns
 constexpr int kGroups = 4, kGroupColumns = kBlockColumns / kGroups;  // of columns, for q
-static_assert(kBlockColumns == 8 * kWarp && kWarps == 2 * kTiles);
+static_assert(kBlockColumns == 8 * kWarp && kWarps == 2 * kTiles && (kStages & (kStages - 1)) == 0);
 constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
 
 struct Call {
@@ -36,10 +39,12 @@ struct Call {
   const std::int32_t* expert;   // (N, 2)
   Number *d_core, *q;
   float *d_weight, *d_scale, *d_b;
-  float *q_sums, *weight_sums;     // (blocks of columns, N, 2, 16) without weights, (.., N, 2)
-  float *d_b_sums, *d_scale_sums;  // (split, D, E R), (split, slot, E, D)
-  Index stride_d_y, stride_z, stride_q;
-  int rows, cols, experts, blocks, splits;
+  Number* q_sums;                  // (blocks of columns, N, 2, 16), without weights
+  float* weight_sums;              // (blocks of columns, N, 2)
+  float *d_b_sums, *d_scale_sums;  // (part, D, E R), (part, slot, E, D)
+  int stride_d_y, stride_z, stride_q;
+  int rows, cols, experts, blocks;
+  int splits, parts;  // of the rows, and what they leave: a part each, or each two
 };
 
 /// A block's shared memory, in bytes. 16-byte units of a row change places by the row's number
@@ -61,7 +66,7 @@ template <int E> struct Layout {
   static constexpr int kScales = kBlockColumns * kFactorRow, kRing = kScales + (E + 1) * kScaleRow,
                        kListsAt = kRing + kStages * kStage, kColumnsAt = kListsAt + kLists * kList,
                        kMeetingAt = kColumnsAt + 2 * kColumns, kBytes = kMeetingAt + 2 * kMeeting;
-  static_assert(kLists > kStages);
+  static_assert(kLists > kStages && (kLists & (kLists - 1)) == 0);
 };
 
 __device__ std::uint32_t u32(int x) { return static_cast<std::uint32_t>(x); }
@@ -72,9 +77,9 @@ struct Place {
   int g, q;             // as it holds tiles
   int r, upper, right;  // as it points at matrices
   __device__ Place() {
-    int thread;
+    unsigned thread;
     asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
-    warp = thread / kWarp, lane = thread % kWarp;
+    warp = static_cast<int>(thread / kWarp), lane = static_cast<int>(thread % kWarp);
     g = lane / 4, q = lane % 4;
     r = lane % 8, upper = lane / 8 % 2, right = lane / 16;
   }
@@ -92,8 +97,9 @@ __device__ void scale_word(unsigned& word, float by) {
 /// grid (blocks of 256 columns, splits of the rows). A block goes down its tiles of 16 rows, three
 /// on their way. Of a tile, warp w takes row w for d_core and d_weight; columns 32 (w % 8) and on,
 /// and half of the experts, for d_B2 (in registers from first row to last), and one slot for
-/// d_scale; columns 64 (w % 4) and on, and a quarter of the experts, for q.
-template <int E>
+/// d_scale; columns 64 (w % 4) and on, and a quarter of the experts, for q. Paired: two splits are
+/// a cluster and leave one part, each the sums of half of its warps.
+template <int E, bool Paired>
 __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_constant__ Call m) {
   using L = Layout<E>;
   extern __shared__ __align__(128) std::byte memory[];
@@ -105,12 +111,14 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
   const auto scale_of = [&](int e, int c) {
     return scales[e * kBlockColumns + c / 4 % 2 * (kBlockColumns / 2) + c / 8 * 4 + c % 4];
   };
-  const auto list_of = [&](int tile) { return memory + L::kListsAt + tile % L::kLists * L::kList; };
+  const auto list_of = [&](int tile) {
+    return memory + L::kListsAt + (tile & L::kLists - 1) * L::kList;
+  };
 
   const auto fetch_lists = [&](int tile) {
     const auto [warp, lane, g, q, r, upper, right] = Place();
     if (tile >= end || warp > 2) return;
-    const std::uint32_t at = base + u32(L::kListsAt + tile % L::kLists * L::kList);
+    const std::uint32_t at = base + u32(L::kListsAt + (tile & L::kLists - 1) * L::kList);
     // Rows that are not there have zeros, z and weights too.
     if (warp < 2) {
       const int unit = warp * kWarp + lane, row = tile * kRows + unit / 4;
@@ -129,14 +137,14 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
       const auto [warp, lane, g, q, r, upper, right] = Place();
       const int row = tile * kRows + warp;
       const bool there = row < m.rows && col0 + 8 * lane < m.cols;
-      const Index own = there ? row : 0, col = there ? col0 + 8 * lane : 0;
-      const std::uint32_t to = base + u32(L::kRing + tile % kStages * L::kStage +
+      const int own = there ? row : 0, col = there ? col0 + 8 * lane : 0;
+      const std::uint32_t to = base + u32(L::kRing + (tile & kStages - 1) * L::kStage +
                                           warp * L::kRowBytes + 16 * (lane ^ (warp & 7)));
-      cuda::fetch16(to, m.d_y + own * m.stride_d_y + col, there);
+      cuda::fetch16(to, m.d_y + (own * m.stride_d_y + col), there);
 #pragma unroll
       for (int k = 0; k < kSlots; ++k)
-        cuda::fetch16(to + u32((1 + k) * L::kArray),
-                      m.core + (static_cast<Index>(k) * m.rows + own) * m.cols + col, there);
+        cuda::fetch16(to + u32((1 + k) * L::kArray), m.core + ((k * m.rows + own) * m.cols + col),
+                      there);
     }
     fetch_lists(tile + 1);
     cuda::fetch_commit();
@@ -153,15 +161,14 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
   };
   each_unit([&](int at, int c, int unit) {
     const bool there = col0 + c < m.cols;
-    cuda::fetch16(base + u32(at),
-                  m.b + static_cast<Index>(there ? col0 + c : 0) * (E * kRank) + 8 * unit, there);
+    cuda::fetch16(base + u32(at), m.b + ((there ? col0 + c : 0) * (E * kRank) + 8 * unit), there);
   });
   for (int i = static_cast<int>(threadIdx.x); i < E * kBlockColumns / 4; i += kThreads) {
     const int e = i / (kBlockColumns / 4), four = i % (kBlockColumns / 4);
     const bool there = col0 + 4 * four < m.cols;
     cuda::fetch16(
         base + u32(L::kScales + e * L::kScaleRow + four % 2 * (L::kScaleRow / 2) + four / 2 * 16),
-        m.scale + static_cast<Index>(e) * m.cols + (there ? col0 + 4 * four : 0), there);
+        m.scale + (e * m.cols + (there ? col0 + 4 * four : 0)), there);
   }
   if (threadIdx.x < kBlockColumns)
     reinterpret_cast<float*>(memory + L::kScales)[E * kBlockColumns + threadIdx.x] = 1;
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
     if (tile >= end) return;
     const auto [warp, lane, g, q, r, upper, right] = Place();
     const std::byte* list = list_of(tile);
-    std::byte* to = memory + L::kColumnsAt + tile % 2 * L::kColumns;
+    std::byte* to = memory + L::kColumnsAt + (tile & 1) * L::kColumns;
     if (lane < E * kRank / 4) {
       const int2 e = reinterpret_cast<const int2*>(list + L::kListExperts)[warp];
       const float2 w = reinterpret_cast<const float2*>(list + L::kListWeights)[warp];
@@ -206,13 +213,14 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
     const auto [warp, lane, g, q, r, upper, right] = Place();
     const int row = tile * kRows + warp;
     const auto* met =
-        reinterpret_cast<const float*>(memory + L::kMeetingAt + tile % 2 * L::kMeeting) +
+        reinterpret_cast<const float*>(memory + L::kMeetingAt + (tile & 1) * L::kMeeting) +
         warp * kWarp + 2 * (lane / 2 ^ 4 * (warp & 3)) + lane % 2;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) sum += met[i * kRows * kWarp];
     if (row < m.rows)
-      m.q_sums[(static_cast<Index>(blockIdx.x) * m.rows + row) * kWarp + lane] = sum;
+      m.q_sums[(static_cast<int>(blockIdx.x) * m.rows + row) * kWarp + lane] =
+          __float2bfloat16_rn(sum);
   };
   /// d_core of the warp's row, and its part of d_weight.
   const auto scale_row = [&](int tile) {
@@ -223,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
     const std::byte* list = list_of(tile);
     const int2 e = reinterpret_cast<const int2*>(list + L::kListExperts)[warp];
     const float2 w = reinterpret_cast<const float2*>(list + L::kListWeights)[warp];
-    const std::byte* here = memory + L::kRing + tile % kStages * L::kStage + warp * L::kRowBytes +
-                            16 * (lane ^ (warp & 7));
+    const std::byte* here = memory + L::kRing + (tile & kStages - 1) * L::kStage +
+                            warp * L::kRowBytes + 16 * (lane ^ (warp & 7));
     const uint4 d_y = *reinterpret_cast<const uint4*>(here);
     const unsigned gs[4] = {d_y.x, d_y.y, d_y.z, d_y.w};
     float sums[kSlots];
@@ -249,8 +257,8 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
       }
       sums[k] = sum;
       if (inside)
-        *reinterpret_cast<uint4*>(m.d_core + (static_cast<Index>(k) * m.rows + row) * m.cols +
-                                  col0 + 8 * lane) = make_uint4(d[0], d[1], d[2], d[3]);
+        *reinterpret_cast<uint4*>(m.d_core + ((k * m.rows + row) * m.cols + col0 + 8 * lane)) =
+            make_uint4(d[0], d[1], d[2], d[3]);
     }
     // Half a warp a slot.
     float sum = right == 0 ? sums[0] : sums[1];
@@ -258,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
 #pragma unroll
     for (int step = kWarp / 4; step > 0; step /= 2) sum += __shfl_xor_sync(cuda::kAll, sum, step);
     if (lane % (kWarp / 2) == 0)
-      m.weight_sums[(static_cast<Index>(blockIdx.x) * m.rows + row) * kSlots + right] = sum;
+      m.weight_sums[(static_cast<int>(blockIdx.x) * m.rows + row) * kSlots + right] = sum;
   };
 
   // B2 times its scales.
@@ -276,86 +284,95 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
 
   constexpr int kHalf = E / 2, kQuarter = E / 4;
   float d_b[2][2 * kHalf][4] = {}, d_scale[2][4] = {};
+  /// q of a tile, without weights.
+  const auto ranks_of = [&](int tile) {
+    const std::uint32_t stage = base + u32(L::kRing + (tile & kStages - 1) * L::kStage);
+    const auto [warp, lane, g, q, r, upper, right] = Place();
+    const int group = warp % kGroups, quarter = warp / kGroups;
+    // A place plus 32 n is the place with the bits of 32 n turned over, n < 4.
+    const std::uint32_t rows = stage +
+                               u32((r + 8 * upper) * L::kRowBytes + 128 * group + 16 * (right ^ r)),
+                        factors =
+                            base + u32((group * kGroupColumns + r + 8 * upper) * L::kFactorRow +
+                                       16 * ((2 * quarter * kQuarter + right) ^ r));
+    float sums[kQuarter][2][4] = {};
+#pragma unroll
+    for (int step = 0; step < kGroupColumns / 16; ++step) {
+      unsigned a[4];
+      cuda::read_matrices(a, rows ^ u32(32 * step));
+#pragma unroll
+      for (int i = 0; i < kQuarter; ++i) {
+        unsigned b[4];
+        cuda::read_matrices_trans(b, (factors ^ u32(32 * i)) + u32(16 * step * L::kFactorRow));
+        cuda::mma(sums[i][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+        cuda::mma(sums[i][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+    }
+    std::byte* met =
+        memory + L::kMeetingAt + (tile & 1) * L::kMeeting + (group * kRows + g) * kWarp * 4;
+    const int place = 8 * (q + 4 * (g & 3));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int2 e = reinterpret_cast<const int2*>(list_of(tile) + L::kListExperts)[g + 8 * h];
+#pragma unroll
+      for (int i = 0; i < kQuarter; ++i) {
+        const int own = quarter * kQuarter + i;
+        if (e.x != own && e.y != own) continue;
+        const int at = e.x == own ? place : place ^ 64;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          *reinterpret_cast<float2*>(met + 8 * h * kWarp * 4 + (at ^ 32 * j)) =
+              make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
+      }
+    }
+  };
+  /// What a tile adds to d_B2, without scales, and to d_scale.
+  const auto gradients_of = [&](int tile) {
+    const std::uint32_t stage = base + u32(L::kRing + (tile & kStages - 1) * L::kStage);
+    const auto [warp, lane, g, q, r, upper, right] = Place();
+    const int tile32 = warp % kTiles, half = warp / kTiles;
+    unsigned g_t[2][4];
+    const std::uint32_t rows =
+        stage + u32((r + 8 * right) * L::kRowBytes + 16 * ((4 * tile32 + upper) ^ r));
+    const auto rows_of = [&](unsigned(&to)[4], int array, int i) {
+      cuda::read_matrices_trans(to, (rows ^ u32(32 * i)) + u32(array * L::kArray));
+    };
+    const std::uint32_t columns = base + u32(L::kColumnsAt + (tile & 1) * L::kColumns),
+                        own = columns + u32((r + 8 * upper) * L::kFactorRow +
+                                            16 * ((2 * half * kHalf + right) ^ r));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows_of(g_t[i], 0, i);
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      unsigned b[4];
+      cuda::read_matrices_trans(b, own ^ u32(32 * j));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        cuda::mma(d_b[i][2 * j], g_t[i][0], g_t[i][1], g_t[i][2], g_t[i][3], b[0], b[1]);
+        cuda::mma(d_b[i][2 * j + 1], g_t[i][0], g_t[i][1], g_t[i][2], g_t[i][3], b[2], b[3]);
+      }
+    }
+    unsigned chosen[4];
+    cuda::read_matrices_trans(
+        chosen, columns + u32(L::kChosen + 32 * (r + 8 * upper) + 16 * (right ^ (r / 4))));
+    const unsigned b0 = half == 0 ? chosen[0] : chosen[2], b1 = half == 0 ? chosen[1] : chosen[3];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unsigned c[4];
+      rows_of(c, 1 + half, i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) c[n] = product2(c[n], g_t[i][n]);
+      cuda::mma(d_scale[i], c[0], c[1], c[2], c[3], b0, b1);
+    }
+  };
   for (int tile = begin; tile < end; ++tile) {
     cuda::fetch_wait<kStages - 2>();
     __syncthreads();
     fetch(tile + kStages - 1);
     if (tile > begin) leave(tile - 1);
     build(tile + 1);
-    const std::uint32_t stage = base + u32(L::kRing + tile % kStages * L::kStage);
-
-    {  // q, without weights
-      const auto [warp, lane, g, q, r, upper, right] = Place();
-      const int group = warp % kGroups, quarter = warp / kGroups;
-      float sums[kQuarter][2][4] = {};
-#pragma unroll
-      for (int step = 0; step < kGroupColumns / 16; ++step) {
-        unsigned a[4];
-        cuda::read_matrices(a, stage + u32((r + 8 * upper) * L::kRowBytes +
-                                           16 * ((8 * group + 2 * step + right) ^ r)));
-#pragma unroll
-        for (int i = 0; i < kQuarter; ++i) {
-          const int c = group * kGroupColumns + 16 * step + r + 8 * upper;
-          unsigned b[4];
-          cuda::read_matrices_trans(
-              b, base + u32(c * L::kFactorRow + 16 * ((2 * (quarter * kQuarter + i) + right) ^ r)));
-          cuda::mma(sums[i][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-          cuda::mma(sums[i][1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-      }
-      auto* met = reinterpret_cast<float2*>(memory + L::kMeetingAt + tile % 2 * L::kMeeting) +
-                  group * kRows * (kWarp / 2);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int2 e = reinterpret_cast<const int2*>(list_of(tile) + L::kListExperts)[g + 8 * h];
-#pragma unroll
-        for (int i = 0; i < kQuarter; ++i) {
-          const int own = quarter * kQuarter + i;
-          if (e.x != own && e.y != own) continue;
-          const int k = e.x == own ? 0 : 1;
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-            met[(g + 8 * h) * (kWarp / 2) + ((8 * k + 4 * j + q) ^ 4 * (g & 3))] =
-                make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
-        }
-      }
-    }
-    {  // d_B2 without scales, d_scale
-      const auto [warp, lane, g, q, r, upper, right] = Place();
-      const int tile32 = warp % kTiles, half = warp / kTiles;
-      unsigned g_t[2][4];
-      const auto rows_of = [&](unsigned(&to)[4], int array, int i) {
-        cuda::read_matrices_trans(to,
-                                  stage + u32(array * L::kArray + (r + 8 * right) * L::kRowBytes +
-                                              16 * ((4 * tile32 + 2 * i + upper) ^ r)));
-      };
-      const std::uint32_t columns = base + u32(L::kColumnsAt + tile % 2 * L::kColumns);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) rows_of(g_t[i], 0, i);
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) {
-        unsigned b[4];
-        cuda::read_matrices_trans(b, columns + u32((r + 8 * upper) * L::kFactorRow +
-                                                   16 * ((2 * (half * kHalf + j) + right) ^ r)));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          cuda::mma(d_b[i][2 * j], g_t[i][0], g_t[i][1], g_t[i][2], g_t[i][3], b[0], b[1]);
-          cuda::mma(d_b[i][2 * j + 1], g_t[i][0], g_t[i][1], g_t[i][2], g_t[i][3], b[2], b[3]);
-        }
-      }
-      unsigned chosen[4];
-      cuda::read_matrices_trans(
-          chosen, columns + u32(L::kChosen + 32 * (r + 8 * upper) + 16 * (right ^ (r / 4))));
-      const unsigned b0 = half == 0 ? chosen[0] : chosen[2], b1 = half == 0 ? chosen[1] : chosen[3];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        unsigned c[4];
-        rows_of(c, 1 + half, i);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) c[n] = product2(c[n], g_t[i][n]);
-        cuda::mma(d_scale[i], c[0], c[1], c[2], c[3], b0, b1);
-      }
-    }
+    ranks_of(tile);
+    gradients_of(tile);
     scale_row(tile);
   }
   cuda::fetch_wait<0>();
@@ -364,14 +381,41 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
 
   const auto [warp, lane, g, q, r, upper, right] = Place();
   const int tile32 = warp % kTiles, half = warp / kTiles;
+  int part = split;
+  if constexpr (Paired) {
+    static_assert((2 * 2 * kHalf + 2) * kTiles * kPiece <= kStages * L::kStage);
+    const std::uint32_t mine = base + u32(L::kRing + tile32 * (4 * kHalf + 2) * kPiece + 16 * lane);
+    const auto each = [&](auto&& f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2 * kHalf; ++j) f(i * 2 * kHalf + j, d_b[i][j]);
+        f(4 * kHalf + i, d_scale[i]);
+      }
+    };
+    part = split / 2;
+    cuda::cluster_meet();  // the other one has done with its ring
+    if (half != split % 2) {
+      const std::uint32_t to = cuda::place_in(1 - split % 2, mine);
+      each([&](int n, const float(&x)[4]) {
+        cuda::store_there(to + u32(n * kPiece), x[0], x[1], x[2], x[3]);
+      });
+    }
+    cuda::cluster_meet();
+    if (half != split % 2) return;
+    const std::byte* from = memory + (mine - base);
+    each([&](int n, float(&x)[4]) {
+      const float4 other = *reinterpret_cast<const float4*>(from + n * kPiece);
+      x[0] += other.x, x[1] += other.y, x[2] += other.z, x[3] += other.w;
+    });
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int c = 32 * tile32 + 16 * i + g + 8 * h;
       if (col0 + c >= m.cols) continue;
-      float* to =
-          m.d_b_sums + (static_cast<Index>(split) * m.cols + col0 + c) * (E * kRank) + 2 * q;
+      float* to = m.d_b_sums + (static_cast<Index>(part) * m.cols + col0 + c) * (E * kRank) + 2 * q;
 #pragma unroll
       for (int j = 0; j < 2 * kHalf; ++j) {
         const int e = half * kHalf + j / 2;
@@ -382,12 +426,12 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         if (2 * q + n < E)
-          m.d_scale_sums[(static_cast<Index>(split * kSlots + half) * E + 2 * q + n) * m.cols +
+          m.d_scale_sums[(static_cast<Index>(part * kSlots + half) * E + 2 * q + n) * m.cols +
                          col0 + c] = d_scale[i][2 * h + n];
     }
 }
 
-/// What the blocks left, in their order: a thread four numbers of q, then a row's d_weight, then
+/// What the blocks left, in their order: a thread eight numbers of q, then a row's d_weight, then
 /// four of d_B2 and of d_scale, which it adds to.
 __global__ void slots_b_finish_kernel(const __grid_constant__ Call m) {
   const auto sum_of = [](const float* from, Index i, Index apart, int parts) {
@@ -404,22 +448,30 @@ __global__ void slots_b_finish_kernel(const __grid_constant__ Call m) {
     reinterpret_cast<float4*>(to)[i] =
         make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
   };
-  constexpr int kQuads = kSlots * kRank / 4;
+  constexpr int kEights = kSlots * kRank / 8;
   Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const Index quads = static_cast<Index>(m.rows) * kQuads;
-  if (i < quads) {
-    const auto row = static_cast<int>(i / kQuads), quad = static_cast<int>(i % kQuads),
-               k = quad / (kRank / 4);
+  const Index eights = static_cast<Index>(m.rows) * kEights;
+  if (i < eights) {
+    const auto row = static_cast<int>(i / kEights), eight = static_cast<int>(i % kEights),
+               k = eight / (kRank / 8);
     const int e = m.expert[row * kSlots + k];
     if (e < 0) return;
     const float w = m.weight[row * kSlots + k];
-    const float4 sum = sum_of(m.q_sums, i, quads, m.blocks);
-    *reinterpret_cast<uint2*>(m.q + (static_cast<Index>(k) * m.rows + row) * m.stride_q +
-                              e * kRank + quad % (kRank / 4) * 4) =
-        make_uint2(cuda::pack2(w * sum.x, w * sum.y), cuda::pack2(w * sum.z, w * sum.w));
+    cuda::Eight sum = {};
+#pragma unroll 8
+    for (int part = 0; part < m.blocks; ++part) {
+      const cuda::Eight own = cuda::load8(m.q_sums + 8 * (part * eights + i));
+#pragma unroll
+      for (int n = 0; n < 8; ++n) sum.v[n] += own.v[n];
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) sum.v[n] *= w;
+    cuda::store8(m.q + (static_cast<Index>(k) * m.rows + row) * m.stride_q + e * kRank +
+                     eight % (kRank / 8) * 8,
+                 sum);
     return;
   }
-  i -= quads;
+  i -= eights;
   if (i < m.rows) {
     float2 sum = make_float2(0, 0);
 #pragma unroll 8
@@ -435,20 +487,45 @@ __global__ void slots_b_finish_kernel(const __grid_constant__ Call m) {
   const Index of_b = static_cast<Index>(m.cols) * m.experts * kRank / 4,
               of_scale = static_cast<Index>(m.cols) * m.experts / 4;
   if (i < of_b)
-    add(m.d_b, m.d_b_sums, i, of_b, m.splits);
+    add(m.d_b, m.d_b_sums, i, of_b, m.parts);
   else if (i - of_b < of_scale)
-    add(m.d_scale, m.d_scale_sums, i - of_b, of_scale, m.splits * kSlots);
+    add(m.d_scale, m.d_scale_sums, i - of_b, of_scale, m.parts * kSlots);
 }
 
-template <int E> void launch(const Call& m, cudaStream_t stream) {
-  auto* const kernel = slots_b_kernel<E>;
+template <int E, bool Paired> void launch(const Call& m, cudaStream_t stream) {
+  auto* const kernel = slots_b_kernel<E, Paired>;
   constexpr int kBytes = Layout<E>::kBytes;
   cuda::admit_shared(reinterpret_cast<const void*>(kernel), kBytes);
-  kernel<<<dim3(static_cast<unsigned>(m.blocks), static_cast<unsigned>(m.splits)), kThreads,
-           static_cast<std::size_t>(kBytes), stream>>>(m);
-  cuda::launched("slots_b_backward");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, 2, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(m.blocks), static_cast<unsigned>(m.splits));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(kBytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = Paired ? 1 : 0;
+  cuda::check(cudaLaunchKernelEx(&config, kernel, m), "slots_b_backward");
+}
+template <int E> void launch(const Call& m, cudaStream_t stream) {
+  m.parts < m.splits ? launch<E, true>(m, stream) : launch<E, false>(m, stream);
 }
 
+/// Whether this device has clusters and the kernels were built for them.
+bool in_clusters() {
+  thread_local std::map<int, bool> known;
+  int device = 0;
+  cuda::check(cudaGetDevice(&device), "the device");
+  const auto [found, added] = known.try_emplace(device, false);
+  if (added) {
+    constexpr int kFirst = 90;
+    cudaFuncAttributes built{};
+    cuda::check(cudaFuncGetAttributes(&built, slots_b_kernel<4, true>), "slots_b_backward");
+    found->second = built.ptxVersion >= kFirst;
+  }
+  return found->second;
+}
 int shared_of(const Slots& s) {
   return s.experts == SlotUpdate::kMostExperts ? Layout<SlotUpdate::kMostExperts>::kBytes
                                                : Layout<4>::kBytes;
@@ -464,7 +541,9 @@ bool takes(const Tensor& d_b, const Tensor& q, ConstTensor d_y, ConstTensor z, C
     return t.dtype == DType::f32 && t.contiguous() && t.numel() == count &&
            reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0;
   };
-  return half(d_y, rows, cols) && half(x.core, kSlots * rows, cols) && x.core.contiguous() &&
+  constexpr Index kMost = Index{1} << 31;  // numbers of a matrix
+  return kSlots * rows * cols < kMost && rows * d_y.stride < kMost && rows * z.stride < kMost &&
+         half(d_y, rows, cols) && half(x.core, kSlots * rows, cols) && x.core.contiguous() &&
          half(x.d_core, kSlots * rows, cols) && x.d_core.contiguous() &&
          cuda::takes_slots(z, b, s, rows, cols) && half(q, kSlots * rows, s.experts * kRank) &&
          whole(d_b, b.numel()) && whole(x.scale, s.experts * cols) &&
@@ -486,25 +565,27 @@ void CudaBackend::slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstT
   m.experts = static_cast<int>(s.experts);
   m.blocks = ceil_div(m.cols, kBlockColumns);
   m.splits = std::clamp(processors_ / m.blocks, 1, std::max(1, ceil_div(m.rows, 4 * kRows)));
-  const Index of_rows = m.blocks * rows * kSlots, of_scales = m.splits * kSlots * s.experts * cols,
-              of_b = m.splits * b.numel();
-  if (static_cast<std::size_t>(of_rows * (kRank + 1) + of_scales + of_b) * sizeof(float) >
+  m.parts = m.splits;
+  if (m.splits > 1 && in_clusters()) m.splits -= m.splits % 2, m.parts = m.splits / 2;
+  const Index of_rows = m.blocks * rows * kSlots, of_scales = m.parts * kSlots * s.experts * cols,
+              of_b = m.parts * b.numel();
+  if (static_cast<std::size_t>(of_rows * (kRank / 2 + 1) + of_scales + of_b) * sizeof(float) >
       kMostBytes)
     return Backend::slots_b_backward(d_b, q, d_y, z, b, s, x, room_for_columns);
   Room space = room();
-  m.q_sums = space.take<float>(of_rows * kRank);
+  m.q_sums = space.take<Number>(of_rows * kRank);
   m.weight_sums = space.take<float>(of_rows);
   m.d_b_sums = space.take<float>(of_b);
   m.d_scale_sums = space.take<float>(of_scales);
-  m.d_y = cuda::data<Number>(d_y), m.stride_d_y = d_y.stride;
+  m.d_y = cuda::data<Number>(d_y), m.stride_d_y = static_cast<int>(d_y.stride);
   m.core = cuda::data<Number>(x.core);
-  m.z = cuda::data<Number>(z), m.stride_z = z.stride;
+  m.z = cuda::data<Number>(z), m.stride_z = static_cast<int>(z.stride);
   m.b = cuda::data<Number>(b);
   m.scale = cuda::data<float>(x.scale);
   m.weight = cuda::data<float>(ConstTensor(s.weight));
   m.expert = s.expert.ptr<std::int32_t>();
   m.d_core = cuda::data<Number>(x.d_core);
-  m.q = cuda::data<Number>(q), m.stride_q = q.stride;
+  m.q = cuda::data<Number>(q), m.stride_q = static_cast<int>(q.stride);
   m.d_weight = cuda::data<float>(x.d_weight);
   m.d_scale = cuda::data<float>(x.d_scale);
   m.d_b = cuda::data<float>(d_b);
@@ -513,7 +594,7 @@ void CudaBackend::slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstT
   else
     launch<4>(m, stream_);
   constexpr int kFinishThreads = 256;
-  const Index units = rows * (kSlots * kRank / 4 + 1) + (b.numel() + s.experts * cols) / 4;
+  const Index units = rows * (kSlots * kRank / 8 + 1) + (b.numel() + s.experts * cols) / 4;
   slots_b_finish_kernel<<<static_cast<unsigned>(ceil_div<Index>(units, kFinishThreads)),
                           kFinishThreads, 0, stream_>>>(m);
   cuda::launched("slots_b_backward");
