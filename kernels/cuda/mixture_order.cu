@@ -82,7 +82,7 @@ template <int Blocks, class Key>
 __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool held_here,
                               Key key_of) {
   constexpr int kThreads = kSortThreads<Blocks>, kWarps = kThreads / kWarp,
-                kAhead = 4;  // items of a thread whose keys are on their way
+                kAhead = 2;  // items of a thread whose keys are on their way
   __shared__ int2 warp_sums[kWarps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp,
             block = static_cast<int>(blockIdx.x) % Blocks;
@@ -147,27 +147,29 @@ __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool 
     __syncthreads();
   }
 
-  // A thread's keys: how many items the blocks before have, and all.
+  // A thread's keys: how many items the blocks before have, and all; a key's places and units.
   const int each = ceil_div(s.keys, kThreads), key_from = thread * each,
             key_to = min(s.keys, key_from + each);
-  const auto each_key = [&](auto&& f) {
+  int2 mine = make_int2(0, 0);
 #pragma unroll 1
-    for (int key = key_from; key < key_to; ++key) {
-      int before = 0, all = 0;
+  for (int key = key_from; key < key_to; ++key) {
+    int before = 0, all = 0;
 #pragma unroll
-      for (int b = 0; b < Blocks; ++b) {
-        const int count = room.blocks[b * s.keys + key];
-        before += b < block ? count : 0;
-        all += count;
-      }
-      // The third tile of a team's last rows has one: all four warps have some (TeamWork).
-      const int last = (all + kTeamRows - 1) % kTeamRows + 1, teams = ceil_div(all, kTeamRows);
-      f(key, before, all, ceil_div(all, s.align) * s.align,
-        all == 0 ? 0 : (2 * teams - (last > 2 * kRows ? 0 : 1)) * s.team_units);
+    for (int b = 0; b < Blocks; ++b) {
+      const int count = room.blocks[b * s.keys + key];
+      before += b < block ? count : 0;
+      all += count;
     }
-  };
-  int2 mine = make_int2(0, 0);  // places and units
-  each_key([&](int, int, int, int places, int units) { mine.x += places, mine.y += units; });
+    // The third tile of a team's last rows has one: all four warps have some (TeamWork).
+    const int last = (all + kTeamRows - 1) % kTeamRows + 1, teams = ceil_div(all, kTeamRows);
+    const int places = ceil_div(all, s.align) * s.align,
+              units = all == 0 ? 0 : (2 * teams - (last > 2 * kRows ? 0 : 1)) * s.team_units;
+    room.blocks[key] = before;
+    room.behind[key] = all;
+    room.first[key] = places;
+    room.units[key] = units;
+    mine.x += places, mine.y += units;
+  }
   int2 at = make_int2(0, 0);
   if (warp * kWarp * each < s.keys) {
     at = make_int2(up_to(mine.x, lane), up_to(mine.y, lane));
@@ -178,19 +180,21 @@ __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool 
   if (key_from < key_to)
 #pragma unroll 1
     for (int w = 0; w < warp; ++w) at.x += warp_sums[w].x, at.y += warp_sums[w].y;
-  each_key([&](int key, int before, int all, int places, int units) {
+#pragma unroll 1
+  for (int key = key_from; key < key_to; ++key) {
+    const int places = room.first[key], units = room.units[key];
+    room.blocks[key] += at.x;
+    room.behind[key] += at.x;
     room.first[key] = at.x;
-    room.behind[key] = at.x + all;
     room.units[key] = at.y;
-    room.blocks[key] = at.x + before;
     if (block == 0 && s.begin != nullptr) s.begin[key] = at.x;
     at.x += places, at.y += units;
-    if (key < s.keys - 1) return;
+  }
+  if (key_from < s.keys && key_to == s.keys) {
     room.first[s.keys] = at.x;
-    if (block > 0) return;
-    if (s.tiles != nullptr) *s.tiles = at.x / kRows;
-    if (s.team_units > 0) s.work[at.x / kTeamRows] = at.y;
-  });
+    if (block == 0 && s.tiles != nullptr) *s.tiles = at.x / kRows;
+    if (block == 0 && s.team_units > 0) s.work[at.x / kTeamRows] = at.y;
+  }
   __syncthreads();
 #pragma unroll 1
   for (int i = from + lane; i < to; i += kWarp) {

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 3 : 2)
 // asked by all lanes of a warp.
 
 constexpr int kMostExperts = 4 * kWarp;
-constexpr Index kMostBlocks = 256;
+constexpr int kRouteBlocks = 128, kRouteWarps = 16;  // rows go to a block's first warps first
 
 template <int Lanes, class T> __device__ T row_sum(T x) {
 #pragma unroll
@@ -297,11 +297,11 @@ __device__ bool is_last(unsigned* arrived, unsigned blocks) {
 /// part of the statistics stays in registers until the block's sums are written; the block that is
 /// the last to come adds all blocks' in a fixed order. `arrived` counts them, 0 before and after.
 template <int Lanes, int Each>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kRouteWarps* kWarp)
     route_kernel(Rows<std::int32_t> expert, Rows<float> weight, Rows<float> p, float* stats,
                  double* parts, unsigned* arrived, Rows<const float> logits, Router r, Index rows) {
   constexpr int kRows = kWarp / Lanes;
-  __shared__ double shared[kWarps][2 * Lanes * Each + 2];
+  __shared__ double shared[kRouteWarps][2 * Lanes * Each + 2];
   __shared__ bool last;
   const int lane = static_cast<int>(threadIdx.x) % Lanes,
             warp = static_cast<int>(threadIdx.x) / kWarp,
@@ -310,8 +310,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const bool top_p = r.kind == RouterKind::top_p, divided = top_p && r.temperature > 0;
   int count[Each] = {};
   double mass[Each] = {}, squares = 0, entropy = 0;
-  for (Index first = (static_cast<Index>(blockIdx.x) * kWarps + warp) * kRows; first < rows;
-       first += static_cast<Index>(gridDim.x) * kWarps * kRows) {
+#pragma unroll 1
+  for (Index first = (static_cast<Index>(warp) * kRouteBlocks + blockIdx.x) * kRows; first < rows;
+       first += kRouteBlocks * kRouteWarps * kRows) {
     const Index row = min(first + own_row, rows - 1);
     const bool live = first + own_row < rows;
     float x[Each];
@@ -382,34 +383,30 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     shared[warp][2 * experts + 1] = entropy;
   }
   __syncthreads();
-  const int width = 2 * experts + 2, blocks = static_cast<int>(gridDim.x);
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+  // Short code, since it runs once: to fetch an instruction takes longer than to run it.
+  const int width = 2 * experts + 2;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += kRouteWarps * kWarp) {
     double sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
-    parts[static_cast<Index>(i) * blocks + blockIdx.x] = sum;
+    for (int w = 0; w < kRouteWarps; ++w) sum += shared[w][i];
+    parts[i * kRouteBlocks + static_cast<int>(blockIdx.x)] = sum;
   }
   __syncthreads();
-  if (threadIdx.x == 0) last = is_last(arrived, gridDim.x);
+  if (threadIdx.x == 0) last = is_last(arrived, kRouteBlocks);
   __syncthreads();
   if (!last) return;
-  constexpr int kLanes = 8, kAhead = 16;  // of a statistic; parts on their way
+  constexpr int kLanes = 16;  // of a statistic
   const int part = static_cast<int>(threadIdx.x) % kLanes;
-  for (int first = 0; first < width; first += kWarps * kWarp / kLanes) {
-    const int i = first + static_cast<int>(threadIdx.x) / kLanes;
-    double sum = 0;
 #pragma unroll 1
-    for (int b = part; b < blocks; b += kLanes * kAhead) {
-      double x[kAhead];
+  for (int first = 0; first < width; first += kRouteWarps * kWarp / kLanes) {
+    const int i = first + static_cast<int>(threadIdx.x) / kLanes;
+    const double* from = parts + min(i, width - 1) * kRouteBlocks + part;
+    double x[kRouteBlocks / kLanes], sum = 0;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int block = b + j * kLanes;
-        x[j] = i < width && block < blocks ? __ldcg(parts + static_cast<Index>(i) * blocks + block)
-                                           : 0;
-      }
+    for (int j = 0; j < kRouteBlocks / kLanes; ++j) x[j] = __ldcg(from + j * kLanes);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) sum += x[j];
-    }
+    for (int j = 0; j < kRouteBlocks / kLanes; ++j) sum += x[j];
     sum = row_sum<kLanes>(sum);
     if (i < width && part == 0) stats[i] = static_cast<float>(sum);
   }
@@ -587,11 +584,9 @@ void CudaBackend::route(Slots& slots, Tensor probabilities, Tensor stats, ConstT
                    probabilities.rows() == rows && probabilities.cols() == experts &&
                    stats.numel() == width && stats.contiguous(),
                op);
-  auto* parts = room().take<double>(kMostBlocks * width);
+  auto* parts = room().take<double>(kRouteBlocks * width);
   with_lanes(experts, [&](auto lanes, auto each) {
-    const Index blocks = cuda::ceil_div<Index>(rows, kWarps * kWarp / lanes());
-    const auto grid = static_cast<unsigned>(std::clamp<Index>(blocks, 1, kMostBlocks));
-    route_kernel<lanes(), each()><<<grid, kWarps * kWarp, 0, stream_>>>(
+    route_kernel<lanes(), each()><<<kRouteBlocks, kRouteWarps * kWarp, 0, stream_>>>(
         cuda::rows_of<std::int32_t>(slots.expert), cuda::rows_of<float>(slots.weight),
         cuda::rows_of<float>(probabilities), cuda::data<float>(stats), parts, arrived(),
         cuda::rows_of<float>(logits), router, rows);
