@@ -371,9 +371,9 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
     fetch(tile + kStages - 1);
     if (tile > begin) leave(tile - 1);
     build(tile + 1);
+    scale_row(tile);  // first, so that memory has its rows to write while products run
     ranks_of(tile);
     gradients_of(tile);
-    scale_row(tile);
   }
   cuda::fetch_wait<0>();
   __syncthreads();
