@@ -2,8 +2,7 @@
 // block counts its run of items, hands its counts to the others through their shared memory, and
 // places its items. Every step is latency: loops are not unrolled, since these blocks run through
 // the code once, and to fetch it takes longer than to run it.
-#include <map>
-
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/mixture_order.cuh"
 #include "kernels/cuda/mixture_tiles.cuh"
 
@@ -15,29 +14,6 @@ template <int Blocks> constexpr int kSortThreads = Blocks == 1 ? 1024 : 512;
 
 /// A key and how many of its warp's items before have it, as an item's held number.
 constexpr int kBeforeBits = 21;
-
-__device__ inline void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ inline void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-/// To the same place of a cluster's block's shared memory.
-__device__ inline void store_in(int block, std::int32_t* place, std::int32_t value) {
-#if __CUDA_ARCH__ >= 900
-  std::uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(there)
-               : "r"(shared_address(place)), "r"(block));
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
-#else
-  if (block == 0) *place = value;
-#endif
-}
 
 /// What is sorted, and to where: `places` numbers of order, -1 where no item is. begin, tiles and
 /// work may be null.
@@ -138,11 +114,11 @@ __device__ void counting_sort(const Sort& s, const SortRoom<Blocks>& room, bool 
     if constexpr (Blocks == 1) room.blocks[key] = before;
     if constexpr (Blocks > 1)
 #pragma unroll
-      for (int b = 0; b < Blocks; ++b) store_in(b, room.blocks + block * s.keys + key, before);
+      for (int b = 0; b < Blocks; ++b)
+        store_there(place_in(b, shared_address(room.blocks + block * s.keys + key)), before);
   }
   if constexpr (Blocks > 1) {
-    cluster_arrive();
-    cluster_wait();
+    cluster_meet();
   } else {
     __syncthreads();
   }
@@ -283,33 +259,9 @@ void launch_order(const OrderRoom& room, const OrderCall& c, const Turn& down,
                                   SortRoom<Blocks>::chunk(items);
   const bool held_here = sorts > 0 && all <= most;
   admit_shared(reinterpret_cast<const void*>(order_kernel<Blocks>), most);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Blocks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(held_here ? all : counted);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = Blocks > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, order_kernel<Blocks>, room, c, keys, sorts, held_here, down),
-        "mixture order");
-}
-
-/// Whether this device has clusters and the kernel was built for them.
-bool in_clusters() {
-  thread_local std::map<int, bool> known;
-  int device = 0;
-  check(cudaGetDevice(&device), "the device");
-  const auto [found, added] = known.try_emplace(device, false);
-  if (added) {
-    constexpr int kFirst = 90;
-    cudaFuncAttributes built{};
-    check(cudaFuncGetAttributes(&built, order_kernel<kTogetherBlocks>), "mixture order");
-    found->second = built.ptxVersion >= kFirst;
-  }
-  return found->second;
+  launch_in_clusters(dim3(Blocks), order_kernel<Blocks>, dim3(static_cast<unsigned>(blocks)),
+                     kThreads, static_cast<std::size_t>(held_here ? all : counted), stream,
+                     "mixture order", room, c, keys, sorts, held_here, down);
 }
 
 }  // namespace
@@ -320,7 +272,7 @@ bool order_fits(int count, int experts) {
 
 void order_rows(const OrderRoom& room, const OrderCall& call, const Turn& down,
                 cudaStream_t stream) {
-  if (in_clusters())
+  if (in_clusters(order_kernel<kTogetherBlocks>))
     launch_order<kTogetherBlocks>(room, call, down, stream);
   else
     launch_order<1>(room, call, down, stream);

@@ -7,7 +7,6 @@
 // so that both products are of d_y, once for both slots. d_scale is the product of (d_y core_k)^T
 // with the slots' weights, an expert a column.
 #include <algorithm>
-#include <map>
 
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cuda_backend.h"
@@ -496,36 +495,15 @@ template <int E, bool Paired> void launch(const Call& m, cudaStream_t stream) {
   auto* const kernel = slots_b_kernel<E, Paired>;
   constexpr int kBytes = Layout<E>::kBytes;
   cuda::admit_shared(reinterpret_cast<const void*>(kernel), kBytes);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {1, 2, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(m.blocks), static_cast<unsigned>(m.splits));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(kBytes);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = Paired ? 1 : 0;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, m), "slots_b_backward");
+  cuda::launch_in_clusters(dim3(1, Paired ? 2 : 1), kernel,
+                           dim3(static_cast<unsigned>(m.blocks), static_cast<unsigned>(m.splits)),
+                           kThreads, static_cast<std::size_t>(kBytes), stream, "slots_b_backward",
+                           m);
 }
 template <int E> void launch(const Call& m, cudaStream_t stream) {
   m.parts < m.splits ? launch<E, true>(m, stream) : launch<E, false>(m, stream);
 }
 
-/// Whether this device has clusters and the kernels were built for them.
-bool in_clusters() {
-  thread_local std::map<int, bool> known;
-  int device = 0;
-  cuda::check(cudaGetDevice(&device), "the device");
-  const auto [found, added] = known.try_emplace(device, false);
-  if (added) {
-    constexpr int kFirst = 90;
-    cudaFuncAttributes built{};
-    cuda::check(cudaFuncGetAttributes(&built, slots_b_kernel<4, true>), "slots_b_backward");
-    found->second = built.ptxVersion >= kFirst;
-  }
-  return found->second;
-}
 int shared_of(const Slots& s) {
   return s.experts == SlotUpdate::kMostExperts ? Layout<SlotUpdate::kMostExperts>::kBytes
                                                : Layout<4>::kBytes;
@@ -566,7 +544,8 @@ void CudaBackend::slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstT
   m.blocks = ceil_div(m.cols, kBlockColumns);
   m.splits = std::clamp(processors_ / m.blocks, 1, std::max(1, ceil_div(m.rows, 4 * kRows)));
   m.parts = m.splits;
-  if (m.splits > 1 && in_clusters()) m.splits -= m.splits % 2, m.parts = m.splits / 2;
+  if (m.splits > 1 && cuda::in_clusters(slots_b_kernel<4, true>))
+    m.splits -= m.splits % 2, m.parts = m.splits / 2;
   const Index of_rows = m.blocks * rows * kSlots, of_scales = m.parts * kSlots * s.experts * cols,
               of_b = m.parts * b.numel();
   if (static_cast<std::size_t>(of_rows * (kRank / 2 + 1) + of_scales + of_b) * sizeof(float) >
