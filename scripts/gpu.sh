@@ -7,6 +7,7 @@
 #   ops       the op cases in bf16: time, rates, share of the roofline
 #   peft      PEFT on the same device, beside bench's figures in the same folder (needs torch, transformers, peft)
 #   compiled  PEFT in bf16 under torch.compile, its fastest: minutes of compiling
+#   load      13.5 GB of Llama-2-7B's shape written in shards, read to the device from the page cache (disk for them; numpy)
 #   real      as bench, on batches of 16 real questions of ARC-easy and PIQA
 #   budget    the same batches within 23 GiB: every method, and two MixLoRA adapters in one step
 #   profile   where the steps' time goes, by op family and layer
@@ -23,14 +24,14 @@ if [ "${1:-}" = --out ]; then
   shift 2
 fi
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize ops bench peft compiled real budget profile smollm2)
+[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize ops bench load peft compiled real budget profile smollm2)
 for stage in "${stages[@]}"; do
   case $stage in
-    parity | sanitize | ops | bench | peft | compiled | profile) ;;
+    parity | sanitize | ops | bench | load | peft | compiled | profile) ;;
     real | budget | smollm2)
       [ -n "${MIXLORA_DATA:-}" ] || { echo "gpu: stage $stage reads real questions: set MIXLORA_DATA to the suites' folder" >&2; exit 2; }
       ;;
-    *) echo "gpu: no stage \"$stage\"; expected parity, sanitize, ops, bench, peft, compiled, real, budget, profile or smollm2" >&2; exit 2 ;;
+    *) echo "gpu: no stage \"$stage\"; expected parity, sanitize, ops, bench, load, peft, compiled, real, budget, profile or smollm2" >&2; exit 2 ;;
   esac
 done
 command -v nvidia-smi >/dev/null || { echo "gpu: nvidia-smi is not here; this script needs an NVIDIA GPU" >&2; exit 1; }
@@ -94,6 +95,14 @@ for stage in "${stages[@]}"; do
       done
       section "Steps of 8x512, layers recomputed" "$program" bench --model shape:llama-2-7b --shape 8x512 --steps 6 \
         --rows 1 --score-tokens 8192 --device cuda --recompute layer --methods lora,mixlora --format markdown
+      ;;
+    load)
+      rm -rf "$out/llama-2-7b"
+      section "Llama-2-7B's shape in files" python3 scripts/make_shape_model.py "$out/llama-2-7b"
+      cat "$out"/llama-2-7b/*.safetensors >/dev/null # into the page cache
+      section "Loaded from the page cache" "$program" bench --model "$out/llama-2-7b" --shape 1x512 --steps 2 --rows 0 \
+        --methods lora --device cuda --format markdown
+      rm -rf "$out/llama-2-7b"
       ;;
     peft)
       rm -f "$out/peft.txt"

@@ -236,7 +236,9 @@ int bench(const BenchArguments& o) {
   run.memory_limit_gib = o.memory_limit_gib;
   const auto ops = make_backend(run);
   const Workload work = make_workload(o.work, config_of(o.work.model), o.steps, o.rows);
+  const auto start = Clock::now();
   const auto model = Model::load(*ops, o.work.model);
+  const double loaded = seconds_since(start);
   if (!o.batches.empty()) write_batches(o.batches, work.job);
 
   Table t{"bench",
@@ -247,8 +249,8 @@ int bench(const BenchArguments& o) {
               "backward of the same step and nothing else, timed just before it; TFLOP/s "
               "counts these products. Medians of {} steps after the first. Device MiB: in use as "
               "the driver says, its own needs included. MiB each: "
-              "measured, over the adapters in the step.{}",
-              work.steps - 1,
+              "measured, over the adapters in the step. The model was there after {:.1f} s.{}",
+              work.steps - 1, loaded,
               o.memory_limit_gib ? fmt::format(" Memory limit: {} GiB ({:.1f} MiB).",
                                                *o.memory_limit_gib, 1024 * *o.memory_limit_gib)
                                  : ""),
