@@ -18,7 +18,7 @@
 namespace mixlora {
 namespace {
 
-constexpr std::int64_t kNumbers = 8;  // of StepNumbers
+constexpr std::int64_t kStepNumbers = 8;  // of StepNumbers
 
 /// Jobs' next micro-batches, end to end. `micro` counts within the step.
 struct MicroBatch {
@@ -90,7 +90,7 @@ HostBatch largest_batch(const std::vector<TrainJob>& jobs, const std::vector<Sam
   return b;
 }
 
-std::array<float, kNumbers> step_numbers(const TrainSpec& t, double lr, std::int64_t step) {
+std::array<float, kStepNumbers> step_numbers(const TrainSpec& t, double lr, std::int64_t step) {
   const auto clip = static_cast<float>(t.max_grad_norm);
   const auto decay = static_cast<float>(t.weight_decay);
   if (t.optim == Optim::sgd)
@@ -172,7 +172,7 @@ struct DeviceJobs {
       adapters.push_back(std::make_unique<DeviceAdapter>(ops, model, jobs[j].adapter, t.seed,
                                                          update_of(t, level)));
       pointers.push_back(adapters.back().get());
-      for (Tensor& n : numbers[j]) arena.declare("numbers", n, {kNumbers}, DType::f32);
+      for (Tensor& n : numbers[j]) arena.declare("numbers", n, {kStepNumbers}, DType::f32);
     }
     arena.commit(ops);
   }
