@@ -161,6 +161,29 @@ __device__ inline float block_max(float x, float* shared) {
   return warp_max(shared[lane < warps ? lane : 0]);
 }
 
+__device__ inline void add_to(float4& sum, float4 x) {
+  sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+}
+/// Numbers 4i to 4i + 3 of every part, each `apart` fours behind the one before, summed in their
+/// order.
+__device__ inline float4 sum_of_parts(const float* parts, Index i, Index apart, int count) {
+  const auto* at = reinterpret_cast<const float4*>(parts) + i;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int k = 0; k < count; ++k) add_to(sum, at[k * apart]);
+  return sum;
+}
+/// What kernels that leave sums take of a call's working memory at most; others are taken beyond.
+constexpr Index kMostSumBytes = Index{128} << 20;
+
+/// This thread's place in its block, asked anew where it is used: what follows from it is not kept
+/// in registers over a loop.
+__device__ inline int thread_anew() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+  return static_cast<int>(thread);
+}
+
 /// True when every row of the view starts at a multiple of eight elements and has a multiple of
 /// eight columns: load8 and store8 may walk it.
 template <class View> bool by_eights(const View& t) {

@@ -303,8 +303,7 @@ __global__ void d_weight_kernel(float4* d_weight, float4* d_wg, const float4* su
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
   for (int k = 0; k < splits; ++k) {
-    const float4 part = sums[static_cast<Index>(k) * (count + more) + i];
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    cuda::add_to(sum, sums[static_cast<Index>(k) * (count + more) + i]);
   }
   float4* at = i < count ? d_weight + i : d_wg + (i - count);
   if (i >= count) keep = 1;

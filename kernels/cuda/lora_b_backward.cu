@@ -20,8 +20,7 @@ using cuda::Number;
 constexpr int kWarps = 4, kStages = 3;
 constexpr int kMostChunks = 2;  // sixteens of ranks; with more, sums outweigh d_y
 constexpr std::size_t kMostCalls = 3;
-constexpr int kBlocksTogether = 2;                          // of one processor
-constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
+constexpr int kBlocksTogether = 2;  // of one processor
 
 /// One matrix of the launch.
 struct One {
@@ -373,8 +372,7 @@ void CudaBackend::lora_b_backward(std::span<const LowRankBackward> all, float s)
   m.splits = std::clamp(kBlocksTogether * processors_ / blocks, 1,
                         std::max(1, ceil_div(m.rows, 4 * kRows)));
   const Index sums = (blocks * rows + m.splits * columns) * rank;
-  if (static_cast<std::size_t>(sums) * sizeof(float) > kMostBytes)
-    return Backend::lora_b_backward(all, s);
+  if (sums * Index{sizeof(float)} > cuda::kMostSumBytes) return Backend::lora_b_backward(all, s);
   Room space = room();
   int parts = 0;
   constexpr int kThreads = 256;

@@ -287,9 +287,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, C > 2 || Scaled ? 2 : 3)
       if (part >= kParts) break;
       float4 sum = make_float4(0, 0, 0, 0);
       for (int w = 0; w < warps; ++w) {
-        const float4 x = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared) +
-                                                         w * kNumbers)[part * kWarp + lane];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        add_to(sum, reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared) +
+                                                    w * kNumbers)[part * kWarp + lane]);
       }
       if (grads[j][0] != nullptr)
         *grads[j][0] = make_float2(old[j][0].x + sum.x, old[j][0].y + sum.y);

@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float4 part = parts[w * kFragments * kWarp];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      add_to(sum, parts[w * kFragments * kWarp]);
     }
     reinterpret_cast<uint2*>(to)[warp * kWarp + lane] =
         make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
@@ -146,25 +145,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool first = (seen >> e & 1) == 0;
     seen |= 1U << e;
     const Index place = static_cast<Index>(split * m.experts + e) * width;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int f = f0 + g / 2 * 8 + 2 * (2 * pair + k) + g % 2, r = 8 * half + 2 * q;
-          if (r >= rank) continue;
-          const Index at = (place + f) * rank + r;
-          float *x = x1[pair][half] + 2 * k, *y = x3[pair][half] + 2 * k;
-          if (first) {
-            *reinterpret_cast<float2*>(out.b1 + at) = make_float2(x[0], x[1]);
-            *reinterpret_cast<float2*>(out.b3 + at) = make_float2(y[0], y[1]);
-          } else {
-            add2(out.b1 + at, x[0], x[1]);
-            add2(out.b3 + at, y[0], y[1]);
-          }
-          x[0] = x[1] = y[0] = y[1] = 0;
-        }
+    each_of_columns(f0, lane, rank, [&](int f, int r, int pair, int half, int k) {
+      const Index at = (place + f) * rank + r;
+      float *x = x1[pair][half] + 2 * k, *y = x3[pair][half] + 2 * k;
+      if (first) {
+        *reinterpret_cast<float2*>(out.b1 + at) = make_float2(x[0], x[1]);
+        *reinterpret_cast<float2*>(out.b3 + at) = make_float2(y[0], y[1]);
+      } else {
+        add2(out.b1 + at, x[0], x[1]);
+        add2(out.b3 + at, y[0], y[1]);
+      }
+      x[0] = x[1] = y[0] = y[1] = 0;
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -366,8 +358,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (blockIdx.x == 0 && threadIdx.x == 0) out.seen[split] = seen;
 }
 
-constexpr Index kMostBytes = Index{128} << 20;  // of sums
-
 Index row_sums(const TileCall& c, int tiles) {
   return tiles * (c.width / kBlockColumns) *
          (has_scales(c) ? Room<true>::kPlace : Room<false>::kPlace);
@@ -386,7 +376,7 @@ int splits_of(const TileCall& c, int together) {
   const Index rows = row_sums(c, most_tiles(c, kSlots, 1));
   int best = 0, least = 0;
   for (int s = 1; s <= std::min(tiles, kMost); ++s) {
-    if ((rows + gradient_sums(c, s)) * Index{sizeof(float)} > kMostBytes) break;
+    if ((rows + gradient_sums(c, s)) * Index{sizeof(float)} > kMostSumBytes) break;
     const int time = ceil_div(blocks * s, together) * (ceil_div(tiles, s) + kAround);
     if (s == 1 || time < least) best = s, least = time;
   }

@@ -7,13 +7,10 @@ namespace mixlora::cuda::pairs {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kBlockColumns = kWarps * kColumns, kSlots = 2;
 
-/// A thread's place, asked anew where it is used: what follows from it is not kept in registers
-/// from tile to tile.
 struct Place {
   int warp, lane;
   __device__ Place() {
-    int thread;
-    asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+    const int thread = thread_anew();
     warp = thread / kWarp, lane = thread % kWarp;
   }
 };

@@ -80,8 +80,7 @@ __device__ void finish_gradients(const TileCall& m, const Sums& in, int unit) {
 #pragma unroll 4
     for (int s = 0; s < in.splits; ++s) {
       if ((in.seen[s] >> e & 1) == 0) continue;
-      const float4 part = from[static_cast<Index>(s) * m.experts * of_expert];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      add_to(sum, from[static_cast<Index>(s) * m.experts * of_expert]);
     }
     if constexpr (Scaled)
       if (scale != nullptr) {

@@ -8,7 +8,6 @@ namespace mixlora::cuda {
 namespace {
 
 constexpr int kWarps = 4, kBlockColumns = kWarps * kColumns;
-constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
 
 /// A stage: of every warp's columns c1, c3 and d_out of rows g and g + 8, the warps' apart by a few
 /// banks; the 16 rows' a of gate and up, q, ids.
@@ -235,19 +234,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
   if (!there) return;
 
   const Index place = static_cast<Index>(split) * width;
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int f = f0 + g / 2 * 8 + 2 * (2 * pair + k) + g % 2, r = 8 * half + 2 * q;
-        if (r >= rank) continue;
-        const Index at = (place + f) * rank + r;
-        const float *x = b1[pair][half], *y = b3[pair][half];
-        *reinterpret_cast<float2*>(out.b1 + at) = make_float2(x[2 * k], x[2 * k + 1]);
-        *reinterpret_cast<float2*>(out.b3 + at) = make_float2(y[2 * k], y[2 * k + 1]);
-      }
+  each_of_columns(f0, lane, rank, [&](int f, int r, int pair, int half, int k) {
+    const Index at = (place + f) * rank + r;
+    const float *x = b1[pair][half], *y = b3[pair][half];
+    *reinterpret_cast<float2*>(out.b1 + at) = make_float2(x[2 * k], x[2 * k + 1]);
+    *reinterpret_cast<float2*>(out.b3 + at) = make_float2(y[2 * k], y[2 * k + 1]);
+  });
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -273,14 +265,7 @@ __global__ void finish_kernel(const __grid_constant__ TileCall m, const Sums in)
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int which = static_cast<int>(blockIdx.y);
   const auto sum_of = [i](const float* from, int parts, Index quads) {
-    const auto* at = reinterpret_cast<const float4*>(from) + i;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int k = 0; k < parts; ++k) {
-      const float4 part = at[k * quads];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    return sum;
+    return sum_of_parts(from, i, quads, parts);
   };
   if (which == 0) {
     const Index quads = m.rows * 2 * m.rank / 4;
@@ -357,7 +342,7 @@ bool single_takes(const TileCall& c) {
   const Fit own = has_scales(c) ? fit<true>() : fit<false>();
   std::size_t bytes = 0;
   sums_of(c, nullptr, bytes);
-  return own.warps == kWarps && bytes <= kMostBytes;
+  return own.warps == kWarps && static_cast<Index>(bytes) <= kMostSumBytes;
 }
 std::size_t single_bytes(const TileCall& c) {
   std::size_t bytes = 0;

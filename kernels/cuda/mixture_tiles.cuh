@@ -321,6 +321,19 @@ __device__ inline void read_scales(float (&s1)[4], float (&s3)[4], const std::by
   s3[0] = y.x, s3[1] = y.y, s3[2] = y.z, s3[3] = y.w;
 }
 
+/// f(column, rank, pair of tiles, half of the ranks, two columns of the pair) of all that
+/// collect_columns leaves a lane of 32 columns from f0 on.
+template <class F> __device__ void each_of_columns(int f0, int lane, int ranks, F&& f) {
+  const int g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (const int r = 8 * half + 2 * q; r < ranks)
+          f(f0 + g / 2 * 8 + 2 * (2 * pair + k) + g % 2, r, pair, half, k);
+}
 /// A lane's c1 and c3 of a pair of row g + 8 h are read: their place takes d_gate and d_up, packed.
 __device__ inline void keep_gradients(std::byte* pieces, int h, int pair, int lane, uint2 gate,
                                       uint2 up) {

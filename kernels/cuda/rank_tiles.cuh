@@ -174,8 +174,7 @@ __device__ void leave_sums(float* to, float* shared, const float (&mine)[Count][
   for (int i = warp; i < Count; i += warps) {
     float4 sum = make_float4(0, 0, 0, 0);
     for (int w = 0; w < warps; ++w) {
-      const float4 x = numbers[(w * Count + i) * kWarp + lane];
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      add_to(sum, numbers[(w * Count + i) * kWarp + lane]);
     }
     reinterpret_cast<float4*>(to)[i * kWarp + lane] = sum;
   }

@@ -30,7 +30,6 @@ constexpr int kStages = 4;                                // tiles that are ther
 constexpr int kTiles = SlotUpdate::kTiles;                // of 32 columns
 constexpr int kGroups = 4, kGroupColumns = kBlockColumns / kGroups;  // of columns, for q
 static_assert(kBlockColumns == 8 * kWarp && kWarps == 2 * kTiles && (kStages & (kStages - 1)) == 0);
-constexpr std::size_t kMostBytes = std::size_t{128} << 20;  // of sums
 
 struct Call {
   const Number *d_y, *core, *z, *b;
@@ -69,15 +68,12 @@ template <int E> struct Layout {
 };
 
 __device__ std::uint32_t u32(int x) { return static_cast<std::uint32_t>(x); }
-/// A thread's place, asked anew where it is used: what follows from it is not kept in registers
-/// from tile to tile.
 struct Place {
   int warp, lane;
   int g, q;             // as it holds tiles
   int r, upper, right;  // as it points at matrices
   __device__ Place() {
-    unsigned thread;
-    asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+    const auto thread = static_cast<unsigned>(cuda::thread_anew());
     warp = static_cast<int>(thread / kWarp), lane = static_cast<int>(thread % kWarp);
     g = lane / 4, q = lane % 4;
     r = lane % 8, upper = lane / 8 % 2, right = lane / 16;
@@ -433,19 +429,9 @@ __global__ void __launch_bounds__(kThreads, 1) slots_b_kernel(const __grid_const
 /// What the blocks left, in their order: a thread eight numbers of q, then a row's d_weight, then
 /// four of d_B2 and of d_scale, which it adds to.
 __global__ void slots_b_finish_kernel(const __grid_constant__ Call m) {
-  const auto sum_of = [](const float* from, Index i, Index apart, int parts) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int part = 0; part < parts; ++part) {
-      const float4 own = reinterpret_cast<const float4*>(from)[part * apart + i];
-      sum.x += own.x, sum.y += own.y, sum.z += own.z, sum.w += own.w;
-    }
-    return sum;
-  };
   const auto add = [&](float* to, const float* from, Index i, Index count, int parts) {
-    const float4 sum = sum_of(from, i, count, parts), old = reinterpret_cast<float4*>(to)[i];
-    reinterpret_cast<float4*>(to)[i] =
-        make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+    const float4 sum = cuda::sum_of_parts(from, i, count, parts);
+    cuda::add_to(reinterpret_cast<float4*>(to)[i], sum);
   };
   constexpr int kEights = kSlots * kRank / 8;
   Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -548,8 +534,7 @@ void CudaBackend::slots_b_backward(Tensor d_b, Tensor q, ConstTensor d_y, ConstT
     m.splits -= m.splits % 2, m.parts = m.splits / 2;
   const Index of_rows = m.blocks * rows * kSlots, of_scales = m.parts * kSlots * s.experts * cols,
               of_b = m.parts * b.numel();
-  if (static_cast<std::size_t>(of_rows * (kRank / 2 + 1) + of_scales + of_b) * sizeof(float) >
-      kMostBytes)
+  if ((of_rows * (kRank / 2 + 1) + of_scales + of_b) * Index{sizeof(float)} > cuda::kMostSumBytes)
     return Backend::slots_b_backward(d_b, q, d_y, z, b, s, x, room_for_columns);
   Room space = room();
   m.q_sums = space.take<Number>(of_rows * kRank);
