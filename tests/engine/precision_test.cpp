@@ -14,6 +14,7 @@
 #include "engine/train.h"
 #include "tests/support/catch.h"
 #include "tests/support/device.h"
+#include "tests/support/random_items.h"
 
 using namespace mixlora;
 
@@ -32,22 +33,6 @@ ModelConfig tensor_core_shape() {
   c.max_positions = 128;
   c.tied_embeddings = false;
   return c;
-}
-
-std::vector<TrainItem> random_items(int n, std::int64_t vocab) {
-  std::vector<TrainItem> items(static_cast<std::size_t>(n));
-  const RandomKey key = random_key(11, Purpose::test);
-  for (int i = 0; i < n; ++i) {
-    TrainItem& item = items[static_cast<std::size_t>(i)];
-    const auto at = static_cast<std::uint32_t>(i);
-    const auto length = 5 + static_cast<int>(philox(at, 0, 0, 1, key.k0, key.k1).v[0] % 90);
-    for (int j = 0; j < length; ++j)
-      item.tokens.push_back(static_cast<std::int32_t>(
-          philox(at, static_cast<std::uint32_t>(j), 0, 0, key.k0, key.k1).v[0] %
-          static_cast<std::uint32_t>(vocab)));
-    item.answer_begin = length / 2;
-  }
-  return items;
 }
 
 /// Some learn the answers alone: there few rows reach the last experts.

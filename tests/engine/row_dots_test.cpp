@@ -9,6 +9,7 @@
 #include "kernels/timed_backend.h"
 #include "tests/support/catch.h"
 #include "tests/support/device.h"
+#include "tests/support/random_items.h"
 
 using namespace mixlora;
 
@@ -119,15 +120,7 @@ TrainJob dots_job(Method method) {
   j.train.batch_size = 24;  // some 1,200 rows: mixtures leave dots from 1,024 on
   j.train.max_steps = 4;
   j.train.num_epochs = 4;
-  const RandomKey key = random_key(11, Purpose::test);
-  for (std::uint32_t i = 0; i < 24; ++i) {
-    TrainItem item;
-    const std::uint32_t length = 5 + philox(i, 0, 0, 1, key.k0, key.k1).v[0] % 90;
-    for (std::uint32_t k = 0; k < length; ++k)
-      item.tokens.push_back(
-          static_cast<std::int32_t>(philox(i, k, 0, 0, key.k0, key.k1).v[0] % 96));
-    j.items.push_back(std::move(item));
-  }
+  j.items = random_items(24, shape().vocab);
   return j;
 }
 
