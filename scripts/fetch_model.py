@@ -13,12 +13,13 @@ import importlib.util
 import io
 import json
 import os
-import struct
 import sys
 import zipfile
 
 import numpy as np
 from gguf import GGUFReader, dequantize
+
+import tensor_file
 
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -42,17 +43,7 @@ def gguf_of(files):
 
 
 def save(path, named):
-    """safetensors: the header's length, the header, the numbers."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name in sorted(named):
-        header[name] = {"dtype": "F32", "shape": list(named[name].shape), "data_offsets": [at, at + named[name].nbytes]}
-        at += named[name].nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(named):
-            f.write(named[name].tobytes())
+    tensor_file.write(path, "F32", {name: named[name].shape for name in sorted(named)}, lambda name: [named[name].tobytes()])
 
 
 def field(reader, name):

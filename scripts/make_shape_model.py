@@ -14,7 +14,10 @@ import struct
 
 import numpy as np
 
+import tensor_file
+
 HIDDEN, FFN, VOCAB, HEADS = 4096, 11008, 32000, 32
+DTYPE = "BF16"
 
 
 def tensors(layers):
@@ -33,36 +36,27 @@ def tensors(layers):
 
 
 def shards(layers, most):
-    """Lists of (name, shape), each at most `most` bytes."""
-    all_shards, size = [[]], 0
+    """name -> shape by shards, each at most `most` bytes."""
+    all_shards, size = [{}], 0
     for name, shape in tensors(layers):
-        own = 2 * int(np.prod(shape))
+        own = tensor_file.size_of(shape, DTYPE)
         if all_shards[-1] and size + own > most:
-            all_shards.append([])
+            all_shards.append({})
             size = 0
-        all_shards[-1].append((name, shape))
+        all_shards[-1][name] = shape
         size += own
     return all_shards
 
 
-def write(path, shard, block):
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shard:
-        own = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + own]}
-        at += own
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shard:
-            left = 2 * int(np.prod(shape))
-            if len(shape) == 1:
-                out.write(struct.pack("<H", 0x3F80) * shape[0])  # a norm's weights: 1
-                continue
-            while left > 0:
-                out.write(block[:left])
-                left -= min(left, len(block))
+def pieces(shape, block):
+    """A norm's weights: 1. A matrix: the block, again and again."""
+    if len(shape) == 1:
+        yield struct.pack("<H", 0x3F80) * shape[0]
+        return
+    left = tensor_file.size_of(shape, DTYPE)
+    while left > 0:
+        yield block[:left]
+        left -= min(left, len(block))
 
 
 def main():
@@ -85,9 +79,9 @@ def main():
     parts, where = shards(a.layers, a.shard_gb * 1e9), {}
     for i, shard in enumerate(parts):
         name = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        write(os.path.join(a.directory, name), shard, block)
-        where.update({tensor: name for tensor, _ in shard})
-    size = sum(2 * int(np.prod(shape)) for _, shape in tensors(a.layers))
+        tensor_file.write(os.path.join(a.directory, name), DTYPE, shard, lambda tensor: pieces(shard[tensor], block))
+        where.update(dict.fromkeys(shard, name))
+    size = sum(tensor_file.size_of(shape, DTYPE) for shard in parts for shape in shard.values())
     with open(os.path.join(a.directory, "model.safetensors.index.json"), "w") as out:
         json.dump({"metadata": {"total_size": size}, "weight_map": where}, out)
     print(f"{a.directory}: {size / 1e9:.1f} GB in {len(parts)} shards")
