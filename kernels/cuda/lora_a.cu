@@ -282,23 +282,10 @@ __global__ void __launch_bounds__(cuda::kMostWarps* kWarp, C > 2 ? 3 : 4)
 }
 
 /// d_weight += keep times the sum over the splits, in their order, and d_wg, `more` of the sums
-/// behind; four numbers a thread. grid y 1: A turned over, (columns, rank); eight ranks a thread.
+/// behind; four numbers a thread.
 __global__ void d_weight_kernel(float4* d_weight, float4* d_wg, const float4* sums, int count,
-                                int more, int splits, float keep, Number* turned,
-                                const Number* weight, int cols) {
+                                int more, int splits, float keep) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (blockIdx.y == 1) {
-    const int col = i % cols, r = i / cols * 8, rank = 4 * count / cols;
-    if (r >= rank) return;
-    const auto* from = reinterpret_cast<const unsigned short*>(weight) + col;
-    unsigned words[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      words[k] = static_cast<unsigned>(from[static_cast<Index>(r + 2 * k) * cols]) |
-                 static_cast<unsigned>(from[static_cast<Index>(r + 2 * k + 1) * cols]) << 16;
-    cuda::write4(turned + static_cast<Index>(col) * rank + r, words);
-    return;
-  }
   if (i >= count + more) return;
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
@@ -330,16 +317,16 @@ bool warpgroups([[maybe_unused]] int device) {
 #endif
 }
 /// More than a few ranks only where there are warpgroups.
-bool takes(int device, ConstTensor x, ConstTensor weight, const Dropout& d) {
+bool takes(int device, ConstTensor x, ConstTensor weight, RowIds ids) {
   const Index rank = weight.rows();
-  return d.active() && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
+  return ids && by_sixteen_bytes(x) && by_sixteen_bytes(weight) && weight.contiguous() &&
          x.cols() % kColumns == 0 && rank % 8 == 0 && x.rows() < (Index{1} << 24) &&
          (few(rank) || (warpgroups(device) && std::max(x.rows(), x.cols()) * rank <= kMostSums &&
                         x.rows() * x.cols() <= kMostMasked));
 }
 bool takes_backward(int device, ConstTensor d_weight, ConstTensor d_x, ConstTensor d_a,
-                    ConstTensor x, ConstTensor weight, const Dropout& d) {
-  return takes(device, x, weight, d) && by_sixteen_bytes(d_a) && d_weight.contiguous() &&
+                    ConstTensor x, ConstTensor weight, RowIds ids) {
+  return takes(device, x, weight, ids) && by_sixteen_bytes(d_a) && d_weight.contiguous() &&
          (!d_x || by_sixteen_bytes(d_x));
 }
 Call call_of(ConstTensor x, ConstTensor weight, const Dropout& d, RowIds ids) {
@@ -362,18 +349,15 @@ int splits_of(int blocks, int together, int steps, int least) {
   return std::clamp(together / blocks, 1, std::max(1, steps / least));
 }
 
-/// The sums' parts into d_weight, and d_wg of a router. `turned`, unless null: room for A turned
-/// over.
-void add_weight(const Call& m, int splits, Tensor d_weight, float keep, Number* turned,
-                cudaStream_t stream, const cuda::Routed& router = {}) {
+/// The sums' parts into d_weight, and d_wg of a router.
+void add_weight(const Call& m, int splits, Tensor d_weight, float keep, cudaStream_t stream,
+                const cuda::Routed& router = {}) {
   constexpr int kThreads = 256;
   const int count = m.rank * m.cols / 4, more = router.more() * m.cols / 4;
-  const dim3 grid(static_cast<unsigned>(ceil_div(count + more, kThreads)),
-                  turned != nullptr ? 2 : 1);
-  d_weight_kernel<<<grid, kThreads, 0, stream>>>(
+  d_weight_kernel<<<static_cast<unsigned>(ceil_div(count + more, kThreads)), kThreads, 0, stream>>>(
       reinterpret_cast<float4*>(cuda::data<float>(d_weight)),
       reinterpret_cast<float4*>(router.d_wg), reinterpret_cast<const float4*>(m.sums), count, more,
-      splits, keep, turned, m.weight, m.cols);
+      splits, keep);
   cuda::launched("lora_a_backward");
 }
 /// The sums' parts into a, and a router's logits.
@@ -404,7 +388,7 @@ void few_backward(Call m, Room space, Tensor d_weight, float keep, cudaStream_t 
                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), stream,
                        "lora_a_backward", m, keep);
   });
-  add_weight(m, splits, d_weight, keep, nullptr, stream);
+  add_weight(m, splits, d_weight, keep, stream);
 }
 /// d_weight of a few ranks alone.
 template <class Room>
@@ -414,7 +398,7 @@ void few_weight(Call m, Room space, int processors, Tensor d_weight, float keep,
                                cuda::kFewTogether * processors, m.rows / cuda::kFewStep, 4);
   m.sums = space.template take<float>(static_cast<Index>(splits) * m.rank * m.cols);
   cuda::few_ranks_weight(m, splits, stream);
-  add_weight(m, splits, d_weight, keep, nullptr, stream);
+  add_weight(m, splits, d_weight, keep, stream);
 }
 #ifdef MIXLORA_WARPGROUPS
 /// Parts of a sum over `inner` numbers, `size` sums of each rank.
@@ -451,7 +435,7 @@ void many_backward([[maybe_unused]] Call m, [[maybe_unused]] Room space,
   m.masks = space.template take<std::uint8_t>(static_cast<Index>(m.rows) * (m.cols / 8));
   cuda::draw_masks(m, stream);
   cuda::warpgroup_weight(m, router, splits, stream);
-  add_weight(m, splits, d_weight, keep, nullptr, stream, router);
+  add_weight(m, splits, d_weight, keep, stream, router);
   if (m.d_x == nullptr) return;
   const int blocks = ceil_div(m.rows, cuda::kDroppedTile),
             least = ceil_div(m.cols, cuda::kMostInputColumns);
@@ -471,36 +455,46 @@ bool takes_router(ConstTensor wg) {
 void CudaBackend::lora_a(Tensor a, ConstTensor x, ConstTensor weight, float s, const Dropout& d,
                          RowIds ids, Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!takes(device_, x, weight, d) || a.stride % 2 != 0)
+  // Nothing dropped, few ranks: cuBLASLt's product is the faster one.
+  if ((few(weight.rows()) && !d.active()) || !takes(device_, x, weight, ids) || a.stride % 2 != 0)
     return Backend::lora_a(a, x, weight, s, d, ids, room_for_rows);
   Call m = call_of(x, weight, d, ids);
-  s *= dropout_scale(d.p);
+  const float scale = s * dropout_scale(d.p);
   if (!few(m.rank)) {
-    many_forward(m, room(), processors_, a, s, {}, stream_);
+    many_forward(m, room(), processors_, a, scale, {}, stream_);
     return;
   }
   const int blocks = ceil_div(m.rows, kForwardRows);
   int columns = most_columns(ceil_div(m.rank, 16));
   while (columns > 128 && blocks * ceil_div(m.cols, columns) < processors_ * 3 / 2) columns /= 2;
   const int splits = ceil_div(m.cols, columns);
-  m.sums = room().take<float>(splits * x.rows() * weight.rows());
+  const Index sums = splits * x.rows() * weight.rows();
+  if (sums * Index{sizeof(float)} > cuda::kMostSumBytes) {
+    const Index half = x.rows() / 2;
+    for (const auto& [begin, end] : {std::pair<Index, Index>(0, half), {half, x.rows()}})
+      lora_a(a.row_range(begin, end), x.row_range(begin, end), weight, s, d,
+             ids.row_range(begin, end), {});
+    return;
+  }
+  m.sums = room().take<float>(sums);
   cuda::with_rank_chunks(m.rank, [&](auto chunks) {
-    cuda::admit_shared(reinterpret_cast<const void*>(forward_kernel<chunks()>),
+    auto* kernel = forward_kernel<chunks()>;
+    cuda::admit_shared(reinterpret_cast<const void*>(kernel),
                        forward_bytes(chunks(), most_columns(chunks())));
-    forward_kernel<chunks()>
-        <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-           kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
-           stream_>>>(m, columns);
+    kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+             kForwardWarps * kWarp, static_cast<std::size_t>(forward_bytes(chunks(), columns)),
+             stream_>>>(m, columns);
   });
   cuda::launched("lora_a");
-  add_a(m, splits, a, s, stream_);
+  add_a(m, splits, a, scale, stream_);
 }
 
 void CudaBackend::lora_a_router(Tensor a, Tensor logits, ConstTensor x, ConstTensor weight,
                                 ConstTensor wg, float s, const Dropout& d, RowIds ids,
                                 Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (few(weight.rows()) || !takes_router(wg) || !takes(device_, x, weight, d) || a.stride % 2 != 0)
+  if (few(weight.rows()) || !takes_router(wg) || !takes(device_, x, weight, ids) ||
+      a.stride % 2 != 0)
     return Backend::lora_a_router(a, logits, x, weight, wg, s, d, ids, room_for_rows);
   many_forward(call_of(x, weight, d, ids), room(), processors_, a, s * dropout_scale(d.p),
                {cuda::data<float>(logits), nullptr, cuda::data<float>(wg), nullptr, logits.stride,
@@ -512,7 +506,7 @@ void CudaBackend::lora_a_backward(Tensor d_weight, Tensor d_x, ConstTensor d_a, 
                                   ConstTensor weight, const Dropout& d, RowIds ids,
                                   Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!takes_backward(device_, d_weight, d_x, d_a, x, weight, d))
+  if (!takes_backward(device_, d_weight, d_x, d_a, x, weight, ids))
     return Backend::lora_a_backward(d_weight, d_x, d_a, x, weight, d, ids, room_for_rows);
   Call m = call_of(x, weight, d, ids);
   m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
@@ -559,7 +553,7 @@ bool CudaBackend::with_router(Tensor d_weight, Tensor d_wg, Tensor d_x, ConstTen
   if (x.rows() == 0) return true;
   if (few(weight.rows()) || !takes_router(wg) || !d_wg.contiguous() || !d_logits.contiguous() ||
       reinterpret_cast<std::uintptr_t>(d_logits.data) % 16 != 0 || !d_x ||
-      !takes_backward(device_, d_weight, d_x, d_a, x, weight, d))
+      !takes_backward(device_, d_weight, d_x, d_a, x, weight, ids))
     return false;
   Call m = call_of(x, weight, d, ids);
   m.d_a = cuda::data<Number>(d_a), m.stride_d_a = d_a.stride;
@@ -580,7 +574,7 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
                                           ConstTensor w, ConstTensor r, ConstTensor row_dots,
                                           Tensor y, Tensor room_for_rows) {
   if (x.rows() == 0) return;
-  if (!few(weight.rows()) || !takes_backward(device_, d_weight, d_x, d_a, x, weight, d) ||
+  if (!few(weight.rows()) || !takes_backward(device_, d_weight, d_x, d_a, x, weight, ids) ||
       !by_sixteen_bytes(d_y) || !by_sixteen_bytes(a) || !cuda::by_eights(w) || !r.contiguous() ||
       (row_dots && !row_dots.contiguous()))
     return Backend::lora_a_rmsnorm_backward(d_weight, d_x, d_y, d_a, weight, a, s, d, ids, x, w, r,
@@ -598,7 +592,7 @@ void CudaBackend::lora_a_rmsnorm_backward(Tensor d_weight, Tensor d_x, Tensor d_
                        a.stride, cuda::data<float>(w), cuda::data<float>(r), s == 0 ? 0 : 1 / s,
                        keep, cuda::data<float>(row_dots), space.take<float>(m.rows)},
                       splits, stream_);
-  add_weight(m, splits, d_weight, keep, nullptr, stream_);
+  add_weight(m, splits, d_weight, keep, stream_);
 }
 
 }  // namespace mixlora

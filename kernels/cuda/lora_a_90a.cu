@@ -108,7 +108,7 @@ struct InThree {
 };
 
 /// grid (rows / 128, splits, ranks / 128 Halves): x~ A^T and x Wg^T over a split's columns.
-template <int Halves>
+template <int Halves, bool Drops>
 __global__ void __launch_bounds__(kThreads, 1)
     warpgroup_forward_a(const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ CUtensorMap weight,
@@ -160,9 +160,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned bits = 0;  // of the pieces, a byte each
   const auto draw = [&](int step) {
     bits = 0;
+    if constexpr (Drops)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      bits |= kept_bits(m.bits(ids[i], step * (kStep / 8) + unit), m.threshold) << (8 * i);
+      for (int i = 0; i < 4; ++i)
+        bits |= kept_bits(m.bits(ids[i], step * (kStep / 8) + unit), m.threshold) << (8 * i);
   };
   const auto route = [&](int step, int stage) {
     const std::uint32_t box = base + static_cast<std::uint32_t>(stage * R::kStage + group * kBox);
@@ -187,9 +188,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto drop = [&](int step, int stage) {
     if (routed) route(step, stage);
     std::byte* box = shared + stage * R::kStage + group * kBox;
+    if constexpr (Drops)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      drop_piece(box + place(first + 4 * i + line, unit), bits >> (8 * i) & 255);
+      for (int i = 0; i < 4; ++i)
+        drop_piece(box + place(first + 4 * i + line, unit), bits >> (8 * i) & 255);
   };
   const auto multiply = [&](int stage, bool add) {
     const std::uint32_t at = base + static_cast<std::uint32_t>(stage * R::kStage);
@@ -645,10 +647,11 @@ void warpgroup_forward(const DroppedA& m, const Routed& router, int splits, cuda
            map_of_rows(m.x, m.rows, m.cols, m.stride_x),
            map_of_rows(m.weight, m.rank, m.cols, m.cols), m, router);
   };
+  const bool drops = m.threshold != 0;
   if (m.rank > 128)
-    run(warpgroup_forward_a<2>, Ring<2>::kBytes);
+    run(drops ? warpgroup_forward_a<2, true> : warpgroup_forward_a<2, false>, Ring<2>::kBytes);
   else
-    run(warpgroup_forward_a<1>, Ring<1>::kBytes);
+    run(drops ? warpgroup_forward_a<1, true> : warpgroup_forward_a<1, false>, Ring<1>::kBytes);
 }
 void warpgroup_weight(const DroppedA& m, const Routed& router, int splits, cudaStream_t stream) {
   const auto run = [&](auto kernel, int bytes) {
