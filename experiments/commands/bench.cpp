@@ -260,7 +260,7 @@ int bench(const BenchArguments& o) {
           {}};
   double first = 0;
   for (const auto& method : o.methods) {
-    const std::vector<TrainJob> jobs = jobs_of(method, work.job, o.work.rank);
+    const std::vector<TrainJob> jobs = jobs_of(method, work.job, o.work);
     const auto count = static_cast<double>(jobs.size());
     const bool trained = jobs.front().adapter.method != Method::base;
     double step_seconds = 0, forward_seconds = 0, flops = 0;

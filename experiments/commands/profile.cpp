@@ -96,7 +96,7 @@ Subject of_options(const ProfileArguments& o) {
   s.model = o.work.model;
   s.ops = make_timed_backend(s.run);
   const Workload w = make_workload(o.work, config_of(s.model), o.warmup + o.steps, 0);
-  s.jobs = jobs_of(o.method, w.job, o.work.rank);
+  s.jobs = jobs_of(o.method, w.job, o.work);
   for (const TrainJob& j : s.jobs)
     require(j.adapter.method != Method::base, "--method base: the base model is not trained");
   s.name = fmt::format("{}, {}, {}", o.method, s.model, w.name);
@@ -353,7 +353,7 @@ void add_profile_command(CLI::App& app, int& exit_code) {
               "time nothing; open a waiting profiler's window around the chosen steps");
   c->callback([=, &exit_code] {
     for (const char* own : {"--model", "--tokenizer", "--shape", "--task", "--batch-size", "--rank",
-                            "--method", "--device", "--precision", "--recompute"})
+                            "--adapter", "--method", "--device", "--precision", "--recompute"})
       require(o->sweep.empty() || c->get_option(own)->count() == 0,
               "{}: the sweep file says this; it is for profiling without one", own);
     require(!o->sweep.empty() || trials->count() == 0, "--trial: expected a sweep file before it");

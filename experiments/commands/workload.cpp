@@ -7,6 +7,7 @@
 
 #include "engine/batch.h"
 #include "engine/error.h"
+#include "engine/json_file.h"
 #include "engine/specs_json.h"
 #include "engine/tokenizer.h"
 #include "experiments/plan.h"
@@ -86,12 +87,16 @@ void add_workload_options(CLI::App& command, WorkloadOptions& o) {
                      "random tokens instead of a task: 8x512, sequences by tokens");
   command.add_option("--task", o.task, "suite whose rows are trained and scored");
   command.add_option("--batch-size", o.batch_size, "questions a step")->check(CLI::PositiveNumber);
-  command.add_option("--rank", o.rank)->check(CLI::PositiveNumber);
+  command.add_option("--rank", o.rank, "r of every adapter, lora_alpha twice as much")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--adapter", o.adapter,
+                     "further fields of every adapter: {\"top_k\": 1, \"lora_dropout\": 0}");
 }
 
 Workload make_workload(const WorkloadOptions& o, const ModelConfig& config, std::int64_t steps,
                        std::int64_t rows) {
   Workload w = o.shape.empty() ? real_workload(o, config, rows) : random_workload(o, config, rows);
+  if (!o.adapter.empty()) w.name += ", adapter " + o.adapter;
   w.job.train.max_steps = steps;
   w.job.train.num_epochs = static_cast<double>(steps);  // an epoch has a step at least
   const SampleOrder order(w.job.train, w.job.items);
@@ -107,12 +112,24 @@ Workload make_workload(const WorkloadOptions& o, const ModelConfig& config, std:
   return w;
 }
 
-std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job, std::int64_t rank) {
+std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job,
+                              const WorkloadOptions& o) {
+  Json fields{{"r", o.rank}, {"lora_alpha", 2 * o.rank}};
+  if (!o.adapter.empty()) {
+    const Json own = parse_json(o.adapter, "--adapter");
+    require(own.is_object() && !own.contains("method"),
+            "--adapter: {}; expected a JSON object of an adapter's fields but its method, such as "
+            "{{\"top_k\": 1}}",
+            o.adapter);
+    fields.update(own);
+  }
   std::vector<TrainJob> jobs;
   std::istringstream names(methods);
   for (std::string name; std::getline(names, name, '+');) {
     TrainJob j = job;
-    read(Json{{"method", name}, {"r", rank}, {"lora_alpha", 2 * rank}}, j.adapter, "--methods");
+    Json adapter = fields;
+    adapter["method"] = name;
+    read(adapter, j.adapter, o.adapter.empty() ? "--methods" : "--methods " + name + ", --adapter");
     j.train.seed += jobs.size();
     jobs.push_back(std::move(j));
   }

@@ -18,6 +18,7 @@ namespace mixlora {
 struct WorkloadOptions {
   std::string model = "models/smollm2-135m", tokenizer, task = "arc-e", shape;
   std::int64_t batch_size = 16, rank = 16;
+  std::string adapter;  // a JSON object: fields of an adapter, as sweeps have them
 };
 /// Adds the options of this struct to a command.
 void add_workload_options(CLI::App& command, WorkloadOptions& o);
@@ -35,6 +36,8 @@ Workload make_workload(const WorkloadOptions& o, const ModelConfig& config, std:
                        std::int64_t rows);
 
 /// "mixlora", or "mixlora+lora" for adapters that train in one step: their jobs, of unlike seeds.
-std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job, std::int64_t rank);
+/// Throws InputError.
+std::vector<TrainJob> jobs_of(const std::string& methods, const TrainJob& job,
+                              const WorkloadOptions& o);
 
 }  // namespace mixlora

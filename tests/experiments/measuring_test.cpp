@@ -73,6 +73,25 @@ TEST_CASE("profile without a sweep takes bench's options", "[experiments][profil
   CHECK(o.out.find("tokens,64,1") != std::string::npos);  // both adapters' 2 x 16
 }
 
+TEST_CASE("bench takes an adapter's fields", "[experiments][bench]") {
+  const Program p;
+  const auto bench = [&](const std::string& adapter) {
+    return p.run({"bench", "--model", "tiny", "--shape", "2x16", "--methods", "mixlora", "--rank",
+                  "4", "--device", "cpu", "--steps", "2", "--rows", "0", "--adapter", adapter,
+                  "--format", "json"});
+  };
+  const auto measured = [](const Output& o) {
+    INFO(o.err);
+    REQUIRE(o.code == 0);
+    const Json table = parse_json(o.out, "bench");
+    return value_of(table, 0, column_of(table, "measured MiB"));
+  };
+  const Output few = bench("{\"num_experts\": 2, \"top_k\": 1}"),
+               many = bench("{\"num_experts\": 6, \"top_k\": 1}");
+  CHECK(measured(few) < measured(many));
+  CHECK(few.out.find("num_experts") != std::string::npos);  // the title says it
+}
+
 TEST_CASE("profile refuses what it cannot profile", "[experiments][profile]") {
   const Program p;
   p.write_sweep("s.json", {"base", "lora", "dora"});
@@ -85,6 +104,14 @@ TEST_CASE("profile refuses what it cannot profile", "[experiments][profile]") {
       {{"profile", "--model", "tiny", "--shape", "2by16"}, "expected SEQUENCESxTOKENS"},
       {{"profile", "--model", "shape:llama-2-7b"}, "name one with --tokenizer"},
       {{"profile", "--model", "tiny", "--shape", "2x16", "--method", "lra"}, "\"lora\""},
+      {{"profile", "s.json", "--trial", "lora", "--adapter", "{}"},
+       "--adapter: the sweep file says this"},
+      {{"profile", "--model", "tiny", "--shape", "2x16", "--adapter", "{\"top_k\": 1"},
+       "--adapter: line 1"},
+      {{"profile", "--model", "tiny", "--shape", "2x16", "--adapter", "{\"method\": \"dora\"}"},
+       "fields but its method"},
+      {{"profile", "--model", "tiny", "--shape", "2x16", "--adapter", "{\"topk\": 1}"},
+       "did you mean \"top_k\""},
       {{"profile", "s.json", "--trial", "lora", "--window"}, "--window: expected a CUDA device"},
       {{"profile", "--model", "tiny", "--shape", "2x16", "--format", "pdf"}, "no format \"pdf\""}};
   for (const auto& [arguments, expected] : cases) {
