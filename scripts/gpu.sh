@@ -86,7 +86,7 @@ for stage in "${stages[@]}"; do
       section "compute-sanitizer racecheck" races
       ;;
     ops)
-      section "Op cases against the roofline" "$(find_program op_bench)" --benchmark_filter='^cuda bf16/' --benchmark_min_time=0.05
+      section "Op cases against the roofline" "$(find_program op_bench)" --benchmark_filter='^cuda bf16/' --benchmark_min_time=0.01
       ;;
     bench)
       for shape in 8x512 16x128; do
