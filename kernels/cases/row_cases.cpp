@@ -243,7 +243,7 @@ void add_row_cases(std::vector<OpCase>& t) {
     norm_cases(t, n, d);
     mask_cases(t, n, d);
   }
-  lora_a_cases(t, 37, 13, 3, 0.3F);
+  lora_a_cases(t, 37, 29, 5, 0.3F);
   lora_a_cases(t, 37, 96, 8, 0.1F);
   lora_a_cases(t, 70, 544, 48, 0.05F);
   lora_a_cases(t, 33, 576, 64, 0.05F, false);
