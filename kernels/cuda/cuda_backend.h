@@ -148,6 +148,7 @@ class CudaBackend final : public Backend {
   class Room {
    public:
     Room(std::byte* base, std::size_t bytes) : at_(base), end_(base + bytes) {}
+    std::size_t left() const { return static_cast<std::size_t>(end_ - at_); }
     /// `count` numbers, not cleared. Throws std::logic_error when the block is too small.
     template <class T> T* take(std::int64_t count) {
       return static_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
@@ -172,9 +173,15 @@ class CudaBackend final : public Backend {
   void slots_rmsnorm(Tensor sum, Tensor y, Tensor r, ConstTensor x, ConstTensor delta, Tensor core,
                      ConstTensor z, ConstTensor b, ConstTensor scale, const Slots& s, ConstTensor w,
                      float eps);
-  /// c = alpha op(a) op(b) + beta c; the one way to cuBLASLt.
+  /// c = alpha op(a) op(b) + beta onto, which is c when absent, else of its shape and stride; the
+  /// one way to cuBLASLt.
   void product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, bool transpose_b,
-               float alpha, float beta);
+               float alpha, float beta, ConstTensor onto = {});
+  /// mixture and mixture_backward of one expert of many ranks; false when other kernels must.
+  bool dense_mixture(Tensor out, Tensor z, const Mixture& m);
+  bool dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
+                              const MixtureGrads& grads, ConstTensor d_out, ConstTensor q,
+                              const Mixture& m);
 
   int device_ = 0;
   int processors_ = 0;  // streaming multiprocessors

@@ -217,7 +217,9 @@ template <class T> __global__ void factors_kernel(const MixtureCall<T> m) {
   if (r0 == 0 && m.d_up_scale != nullptr) m.d_up_scale[at] += up_scale;
 }
 
-template <class T> MixtureCall<T> call_of(const Mixture& m) {
+}  // namespace
+
+template <class T> MixtureCall<T> cuda::call_of(const Mixture& m) {
   for (const ConstTensor& t : {m.gate_up, m.a, m.weights.gate_b, m.weights.up_b, m.weights.down_a})
     if (t && !t.contiguous()) throw std::logic_error("mixture: a strided view");
   MixtureCall<T> c{};
@@ -250,6 +252,11 @@ template <class T> MixtureCall<T> call_of(const Mixture& m) {
   return c;
 }
 
+template MixtureCall<float> cuda::call_of<float>(const Mixture&);
+template MixtureCall<__nv_bfloat16> cuda::call_of<__nv_bfloat16>(const Mixture&);
+
+namespace {
+
 template <class T> bool in_tiles(const MixtureCall<T>& c) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return cuda::tiles_take(c);
   return false;
@@ -262,9 +269,10 @@ void CudaBackend::mixture(Tensor out, Tensor z, const Mixture& m) {
   if (m.gate_up.rows() == 0) return;
   if (!out.contiguous() || (z && !z.contiguous()))
     throw std::logic_error("mixture: a strided output");
+  if (dense_mixture(out, z, m)) return;
   cuda::with_type(out.dtype, [&](auto number) {
     using T = decltype(number);
-    auto c = call_of<T>(m);
+    auto c = cuda::call_of<T>(m);
     c.out = cuda::data<T>(out);
     c.z = cuda::data<T>(z);
     if (in_tiles(c)) {
@@ -288,10 +296,11 @@ bool CudaBackend::mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p, 
   if (!d_gate_up.contiguous() || (row_dots && !row_dots.contiguous()) || !d_out.contiguous() ||
       (q && !q.contiguous()))
     throw std::logic_error("mixture_backward: a strided view");
+  if (dense_mixture_backward(d_gate_up, d_weight, p, grads, d_out, q, m)) return false;
   bool left = false;  // row_dots
   cuda::with_type(d_gate_up.dtype, [&](auto number) {
     using T = decltype(number);
-    auto c = call_of<T>(m);
+    auto c = cuda::call_of<T>(m);
     c.d_out = cuda::data<T>(d_out);
     c.q = cuda::data<T>(q);
     c.z_in = cuda::data<T>(z);

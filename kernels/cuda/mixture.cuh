@@ -50,6 +50,9 @@ template <class T> struct MixtureCall {
   __device__ int4 id_of(Index n) const { return __ldg(reinterpret_cast<const int4*>(ids) + n); }
 };
 
+/// What both directions read of a call. Throws std::logic_error when a view is strided.
+template <class T> MixtureCall<T> call_of(const Mixture& m);
+
 struct Activated {
   float value, slope;
 };

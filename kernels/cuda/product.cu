@@ -139,30 +139,34 @@ cublasLtMatmulAlgo_t CudaBackend::Products::algorithm(const Key& key, const Plan
 }
 
 void CudaBackend::product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b,
-                          bool transpose_b, float alpha, float beta) {
+                          bool transpose_b, float alpha, float beta, ConstTensor onto) {
+  if (!onto) onto = c;
   const Index m = c.rows(), n = c.cols(), k = transpose_a ? a.rows() : a.cols();
   if ((transpose_a ? a.cols() : a.rows()) != m || (transpose_b ? b.rows() : b.cols()) != n ||
-      (transpose_b ? b.cols() : b.rows()) != k || a.dtype != b.dtype || a.dtype == DType::i32)
+      (transpose_b ? b.cols() : b.rows()) != k || a.dtype != b.dtype || a.dtype == DType::i32 ||
+      onto.rows() != m || onto.cols() != n || onto.dtype != c.dtype ||
+      (m > 1 && onto.stride != c.stride))
     throw std::logic_error("product: shapes or types do not meet");
   if (m == 0 || n == 0) return;
   const auto stride = [](const auto& t) { return t.rows() <= 1 ? t.cols() : t.stride; };
-  Products::Key key{m,
-                    n,
-                    k,
-                    stride(a),
-                    stride(b),
-                    stride(c),
-                    alignment(a.data, stride(a), a.dtype),
-                    alignment(b.data, stride(b), b.dtype),
-                    alignment(c.data, stride(c), c.dtype),
-                    a.dtype,
-                    c.dtype,
-                    transpose_a,
-                    transpose_b,
-                    beta != 0};
+  Products::Key key{
+      m,
+      n,
+      k,
+      stride(a),
+      stride(b),
+      stride(c),
+      alignment(a.data, stride(a), a.dtype),
+      alignment(b.data, stride(b), b.dtype),
+      std::min(alignment(c.data, stride(c), c.dtype), alignment(onto.data, stride(c), c.dtype)),
+      a.dtype,
+      c.dtype,
+      transpose_a,
+      transpose_b,
+      beta != 0};
   const Products::Plan& p = products_->plan(key);
   check(cublasLtMatmul(products_->handle, p.operation, &alpha, b.data, p.a, a.data, p.b, &beta,
-                       c.data, p.c, c.data, p.c, &p.algorithm, products_->workspace,
+                       onto.data, p.c, c.data, p.c, &p.algorithm, products_->workspace,
                        Products::kWorkspaceBytes, stream_),
         "a product");
 }
