@@ -258,6 +258,8 @@ void add_row_cases(std::vector<OpCase>& t) {
   dora_cases(t, 6, 40, 72, 8);
   dora_cases(t, 128, 576, 1536, 16);
   dora_cases(t, 33, 1024, 4096, 80);
+  dora_cases(t, 130, 136, 160, 128);
+  dora_cases(t, 7, 72, 64, 48);
 }
 
 }  // namespace mixlora::cases

@@ -177,7 +177,10 @@ class CudaBackend final : public Backend {
   /// one way to cuBLASLt.
   void product(Tensor c, ConstTensor a, bool transpose_a, ConstTensor b, bool transpose_b,
                float alpha, float beta, ConstTensor onto = {});
-  /// mixture and mixture_backward of one expert of many ranks; false when other kernels must.
+  /// mixture and mixture_backward of one expert of many ranks; false when other kernels must. Both
+  /// take rows [begin, end) of c1 + B1 a1, or up's, in `sums` (rows, 2F), or where c is without B.
+  ConstTensor updated_half(const Mixture& m, bool up, std::int64_t begin, std::int64_t end,
+                           Tensor sums);
   bool dense_mixture(Tensor out, Tensor z, const Mixture& m);
   bool dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
                               const MixtureGrads& grads, ConstTensor d_out, ConstTensor q,

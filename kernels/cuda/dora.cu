@@ -81,17 +81,25 @@ __global__ void dora_scale_kernel(const __grid_constant__ Calls<T> calls) {
   leave_scale(call, o, cross, square);
 }
 
-/// The same in bf16 for at most 16 ranks by eights: a gram matrix is one tile of 16 x 16, zero
-/// behind its ranks, and comes in kSplits parts, each of a range of A's columns.
-constexpr int kTile = 16, kSplits = 4, kGramWarps = 8;
+/// The same in bf16 for at most kMostRanks ranks by eights: a gram matrix is of tiles of 16 x 16,
+/// zero behind its ranks, and comes in kSplits parts, each of a range of A's columns.
+constexpr int kTile = 16, kMostRanks = 128, kSplits = 4, kGramWarps = 8;
 using Bf16Calls = Calls<__nv_bfloat16>;
+__host__ __device__ constexpr int whole_tiles(int rank) {
+  return cuda::ceil_div(rank, kTile) * kTile;
+}
 
-/// grid (kSplits, calls): A read once, a lane's 16 bytes of rows g and g + 8 being both factors of
-/// two steps (which of 32 columns is which does not matter to their sum).
+/// grid (kSplits, calls, pairs of tiles of ranks): a lane's 16 bytes of rows g and g + 8 of each
+/// tile are factors of two steps (which of 32 columns is which does not matter to their sum).
 __global__ void __launch_bounds__(kGramWarps* cuda::kWarp)
     gram_tile_kernel(const __grid_constant__ Bf16Calls calls) {
   __shared__ float4 sums[kGramWarps][2][cuda::kWarp];
   const auto& call = calls.one[blockIdx.y];
+  int first = 0, second = static_cast<int>(blockIdx.z);  // tiles, second <= first
+  while (second > first) second -= ++first;
+  first *= kTile, second *= kTile;
+  const int size = whole_tiles(call.rank);
+  if (first >= size) return;
   const int warp = static_cast<int>(threadIdx.x) / cuda::kWarp,
             lane = static_cast<int>(threadIdx.x) % cuda::kWarp, g = lane / 4, q = lane % 4;
   constexpr int kColumns = 4 * kChunk, kStep = kSplits * kGramWarps * kColumns;
@@ -99,15 +107,17 @@ __global__ void __launch_bounds__(kGramWarps* cuda::kWarp)
 #pragma unroll 4
   for (int col = (static_cast<int>(blockIdx.x) * kGramWarps + warp) * kColumns + kChunk * q;
        col - kChunk * q < call.in; col += kStep) {
-    uint4 x = {}, y = {};
-    if (col < call.in) {
-      x = *reinterpret_cast<const uint4*>(call.a.at(g, col));
-      if (g + 8 < call.rank) y = *reinterpret_cast<const uint4*>(call.a.at(g + 8, col));
-    }
-    cuda::mma(sum[0], x.x, y.x, x.y, y.y, x.x, x.y);
-    cuda::mma(sum[1], x.x, y.x, x.y, y.y, y.x, y.y);
-    cuda::mma(sum[0], x.z, y.z, x.w, y.w, x.z, x.w);
-    cuda::mma(sum[1], x.z, y.z, x.w, y.w, y.z, y.w);
+    const auto ranks = [&](int row) {
+      return col < call.in && row < call.rank ? *reinterpret_cast<const uint4*>(call.a.at(row, col))
+                                              : uint4{};
+    };
+    const uint4 x = ranks(first + g), y = ranks(first + g + 8);
+    const uint4 u = second == first ? x : ranks(second + g),
+                v = second == first ? y : ranks(second + g + 8);
+    cuda::mma(sum[0], x.x, y.x, x.y, y.y, u.x, u.y);
+    cuda::mma(sum[1], x.x, y.x, x.y, y.y, v.x, v.y);
+    cuda::mma(sum[0], x.z, y.z, x.w, y.w, u.z, u.w);
+    cuda::mma(sum[1], x.z, y.z, x.w, y.w, v.z, v.w);
   }
 #pragma unroll
   for (int t = 0; t < 2; ++t)
@@ -119,7 +129,9 @@ __global__ void __launch_bounds__(kGramWarps* cuda::kWarp)
   for (int w = 0; w < kGramWarps; ++w)
     total += reinterpret_cast<const float*>(
         &sums[w][j / 8][4 * (i % 8) + j % 8 / 2])[2 * (i / 8) + j % 2];
-  call.gram[static_cast<int>(blockIdx.x) * kTile * kTile + static_cast<int>(threadIdx.x)] = total;
+  float* gram = call.gram + static_cast<int>(blockIdx.x) * size * size;
+  gram[(first + i) * size + second + j] = total;
+  if (second != first) gram[(second + j) * size + first + i] = total;
 }
 
 /// grid (outputs / 256, calls): two neighbouring outputs a thread, B's ranks in registers, the gram
@@ -174,6 +186,78 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 #pragma unroll
   for (int t = 0; t < 2; ++t) leave_scale(call, o + t, cross[t], square[t]);
+}
+
+/// grid (outputs / 128, calls): of more than a tile of ranks; a warp 16 outputs. B's ranks stay in
+/// registers as the products' first factor; the gram matrix, in shared memory as two bf16 a number,
+/// is its own transpose.
+constexpr int kRanksWarps = 8;
+int ranks_bytes(int rank) { return 2 * whole_tiles(rank) * (whole_tiles(rank) + 8) * 2; }
+__global__ void __launch_bounds__(kRanksWarps* cuda::kWarp)
+    scale_ranks_kernel(const __grid_constant__ Bf16Calls calls) {
+  extern __shared__ unsigned planes[];  // the nearest bf16 of pairs of numbers, then what is left
+  const auto& call = calls.one[blockIdx.y];
+  const int size = whole_tiles(call.rank), words = (size + 8) / 2, left = size * words;
+  for (int at = static_cast<int>(threadIdx.x); at < size * size / 2;
+       at += kRanksWarps * cuda::kWarp) {
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) {
+      const float2 part = reinterpret_cast<const float2*>(call.gram + s * size * size)[at];
+      sum.x += part.x, sum.y += part.y;
+    }
+    const int to = at / (size / 2) * words + at % (size / 2);
+    const uint2 two = cuda::in_two(sum.x, sum.y);
+    planes[to] = two.x, planes[left + to] = two.y;
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / cuda::kWarp,
+            lane = static_cast<int>(threadIdx.x) % cuda::kWarp, g = lane / 4, q = lane % 4,
+            first = (static_cast<int>(blockIdx.x) * kRanksWarps + warp) * 16;
+  if (first >= call.out) return;
+  Index o[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) o[h] = min(first + g + 8 * h, call.out - 1);
+  unsigned b[kMostRanks / kTile][4];
+  float cross[2] = {}, square[2] = {};
+#pragma unroll
+  for (int k = 0; k < kMostRanks / kTile; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = 16 * k + i / 2 * 8 + 2 * q, h = i % 2;
+      b[k][i] = 0;
+      if (r >= call.rank) continue;
+      b[k][i] = *reinterpret_cast<const unsigned*>(call.b.at(o[h], r));
+      cross[h] += cuda::low(b[k][i]) * cuda::to_float(*call.wa.at(r, o[h])) +
+                  cuda::high(b[k][i]) * cuda::to_float(*call.wa.at(r + 1, o[h]));
+    }
+#pragma unroll
+  for (int n = 0; n < kMostRanks / 8; ++n) {
+    if (8 * n >= call.rank) break;
+    float part[4] = {};
+    const unsigned* row = planes + (8 * n + g) * words + q;
+#pragma unroll
+    for (int k = 0; k < kMostRanks / kTile; ++k) {
+      if (16 * k >= size) break;
+      const unsigned* at = row + 8 * k;
+      cuda::mma(part, b[k][0], b[k][1], b[k][2], b[k][3], at[0], at[4]);
+      cuda::mma(part, b[k][0], b[k][1], b[k][2], b[k][3], at[left], at[left + 4]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const unsigned own = b[n / 2][h + n % 2 * 2];
+      square[h] += part[2 * h] * cuda::low(own) + part[2 * h + 1] * cuda::high(own);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      cross[h] += __shfl_xor_sync(cuda::kAll, cross[h], step);
+      square[h] += __shfl_xor_sync(cuda::kAll, square[h], step);
+    }
+    if (q == 0 && first + g + 8 * h < call.out) leave_scale(call, o[h], cross[h], square[h]);
+  }
 }
 
 /// dora_magnitudes_backward's calls of one launch.
@@ -361,7 +445,8 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
                    op);
       calls.one[i] = {cuda::data<float>(x.scale),
                       cuda::data<float>(x.inverse_norm),
-                      r.take<float>(std::max<Index>(rank * rank, kSplits * kTile * kTile)),
+                      r.take<float>(kSplits * whole_tiles(static_cast<int>(rank)) *
+                                    whole_tiles(static_cast<int>(rank))),
                       cuda::data<float>(x.m),
                       cuda::data<float>(x.w_squared),
                       cuda::rows_of<T>(x.a),
@@ -375,17 +460,28 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
       most_rank = std::max(most_rank, rank);
       rows_whole = rows_whole && cuda::aligned(x.a);
       factors_whole = factors_whole && rank % kChunk == 0 && cuda::aligned(x.b);
-      tiles = tiles && rank <= kTile && cuda::aligned(x.wa);
+      tiles = tiles && rank <= kMostRanks && cuda::aligned(x.wa);
     }
     if (most_out == 0 || most_rank == 0) return;
     const auto count = static_cast<unsigned>(all.size()), rank = static_cast<unsigned>(most_rank);
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
       if (tiles && rows_whole && factors_whole) {
-        gram_tile_kernel<<<dim3(kSplits, count), kGramWarps * cuda::kWarp, 0, stream_>>>(calls);
+        const unsigned across = cuda::ceil_div(rank, unsigned{kTile});
+        gram_tile_kernel<<<dim3(kSplits, count, across * (across + 1) / 2),
+                           kGramWarps * cuda::kWarp, 0, stream_>>>(calls);
         cuda::launched(op);
-        const auto blocks = cuda::ceil_div<Index>(most_out, 2 * kScaleThreads);
-        scale_tile_kernel<<<dim3(static_cast<unsigned>(blocks), count), kScaleThreads, 0,
-                            stream_>>>(calls);
+        const auto blocks_of = [&](Index outputs) {
+          return dim3(static_cast<unsigned>(cuda::ceil_div(most_out, outputs)), count);
+        };
+        if (most_rank <= kTile) {
+          scale_tile_kernel<<<blocks_of(2 * kScaleThreads), kScaleThreads, 0, stream_>>>(calls);
+        } else {
+          cuda::admit_shared(reinterpret_cast<const void*>(scale_ranks_kernel),
+                             ranks_bytes(kMostRanks));
+          scale_ranks_kernel<<<blocks_of(kRanksWarps * 16), kRanksWarps * cuda::kWarp,
+                               static_cast<std::size_t>(ranks_bytes(static_cast<int>(rank))),
+                               stream_>>>(calls);
+        }
         cuda::launched(op);
         return;
       }

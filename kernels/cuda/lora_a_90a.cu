@@ -227,12 +227,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- d_a^T x -------------------------------------------------------------------------------
 
-/// Two numbers as two bf16 each: the nearest, and what is left.
-__device__ uint2 in_two(float x, float y) {
-  const unsigned near = pack2(x, y);
-  return make_uint2(near, pack2(x - low(near), y - high(near)));
-}
-
 /// grid (columns / 128, splits, ranks / 128 Halves): d_a^T x~ and d_logits^T x over a split's rows.
 template <int Halves>
 __global__ void __launch_bounds__(kThreads, 1)

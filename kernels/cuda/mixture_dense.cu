@@ -25,11 +25,12 @@ constexpr Index kRangeStep = 128;  // rows of a range are a multiple
 constexpr int kWarps = 8;          // of a block of gradients_kernel
 constexpr int kBlockRows = 64;     // of its rows
 
+bool by_chunks(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 bool takes(const Call& c, DType type) {
   return type == DType::bf16 && c.experts == 1 && c.slots == 1 && c.expert == nullptr &&
-         c.weight == nullptr && c.rank > kFewRanks && c.width % kChunk == 0;
+         c.weight == nullptr && c.rank > kFewRanks && c.width % kChunk == 0 &&
+         by_chunks(c.gate_up) && by_chunks(c.gate_scale) && by_chunks(c.up_scale);
 }
-bool by_chunks(const Number* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 /// A call's factors as matrices: B1, B3 (F, R), A2 (R, F).
 ConstTensor matrix(ConstTensor t) { return t ? t.reshaped({t.rows(), t.cols()}) : t; }
@@ -46,7 +47,7 @@ Index range_of(Index rows, std::size_t per_row, std::size_t bytes) {
   return ceil_div(ceil_div(rows, ranges), kRangeStep) * kRangeStep;
 }
 
-/// Eight columns of a row of c + B a: by DoRA's scale, as an activation or not.
+/// Eight columns of a row of c + B a by DoRA's scale, if there is one.
 __device__ Eight scaled(Eight x, const float* scale, Index col) {
   if (scale == nullptr) return x;
   const Eight s = cuda::load8(scale + col);
@@ -54,13 +55,20 @@ __device__ Eight scaled(Eight x, const float* scale, Index col) {
   for (int i = 0; i < kChunk; ++i) x.v[i] *= s.v[i];
   return x;
 }
-/// x with the dropped columns zeroed.
-__device__ Eight dropped(const Call& m, Eight x, Index row, Index col) {
-  if (m.threshold == 0) return x;
+/// Bit i: column i of the eight is kept.
+__device__ unsigned kept(const Call& m, Index row, Index col) {
+  if (m.threshold == 0) return 0xffU;
   const Philox4 bits = m.bits(m.id_of(row), 0, col / kChunk);
+  unsigned all = 0;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
-    if ((bits.v[i / 2] >> (16 * (i % 2)) & 0xffffU) < m.threshold) x.v[i] = 0;
+    all |= (bits.v[i / 2] >> (16 * (i % 2)) & 0xffffU) < m.threshold ? 0U : 1U << i;
+  return all;
+}
+__device__ Eight masked(Eight x, unsigned kept) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    if ((kept >> i & 1) == 0) x.v[i] = 0;
   return x;
 }
 
@@ -76,7 +84,7 @@ struct Hidden {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) h.v[i] = cuda::activate(m.activation, u.v[i]).value * v.v[i];
     cuda::store8(out.at(row, col), h);
-    if (left.data != nullptr) cuda::store8(left.at(row, col), dropped(m, h, row, col));
+    if (left.data != nullptr) cuda::store8(left.at(row, col), masked(h, kept(m, row, col)));
   }
 };
 
@@ -106,8 +114,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradients_kernel(const Gradient
     const Eight u = cuda::load8(g.gate.at(row, col)), v = cuda::load8(g.up.at(row, col)),
                 from = cuda::load8(g.d_out.at(row, col));
     Eight back = {}, h, d_gate, d_up;
-    if (g.left.data != nullptr)
-      back = dropped(m, cuda::load8<Number>(g.left.at(row, col)), row, col);
+    unsigned own = 0;
+    if (g.left.data != nullptr) {
+      own = kept(m, row, col);
+      back = masked(cuda::load8<Number>(g.left.at(row, col)), own);
+    }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float d_h = from.v[i] + m.scale * m.keep * back.v[i];
@@ -124,7 +135,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradients_kernel(const Gradient
     }
     cuda::store8(g.d_gate_up.at(row, col), d_gate);
     cuda::store8(g.d_gate_up.at(row, m.width + col), d_up);
-    if (g.left.data != nullptr) cuda::store8(g.left.at(row, col), dropped(m, h, row, col));
+    if (g.left.data != nullptr) cuda::store8(g.left.at(row, col), masked(h, own));
   }
   if constexpr (Scaled) {
     __shared__ float shared[2][kWarps][kWarp * kChunk];
@@ -153,11 +164,20 @@ template <class View> View half(const View& t, bool up) {
 
 }  // namespace
 
+ConstTensor CudaBackend::updated_half(const Mixture& m, bool up, Index begin, Index end,
+                                      Tensor sums) {
+  const ConstTensor core = half(m.gate_up.row_range(begin, end), up),
+                    b = up ? m.weights.up_b : m.weights.gate_b;
+  if (!b || !m.a) return core;
+  const Tensor to = half(sums.row_range(0, end - begin), up);
+  product(to, half(m.a.row_range(begin, end), up), false, matrix(b), true, 1, 1, core);
+  return to;
+}
+
 bool CudaBackend::dense_mixture(Tensor out, Tensor z, const Mixture& m) {
   if (out.dtype != DType::bf16) return false;
   Call c = cuda::call_of<Number>(m);
-  if (!takes(c, out.dtype) || !by_chunks(c.gate_up) || !by_chunks(cuda::data<Number>(out)))
-    return false;
+  if (!takes(c, out.dtype) || !by_chunks(out.data)) return false;
   const Index rows = c.rows, width = c.width;
   const bool down = z && m.weights.down_a, masks = down && c.threshold != 0,
              factors = m.a && (m.weights.gate_b || m.weights.up_b);
@@ -173,15 +193,8 @@ bool CudaBackend::dense_mixture(Tensor out, Tensor z, const Mixture& m) {
   for (Index begin = 0; begin < rows; begin += length) {
     const Index end = std::min(rows, begin + length);
     const auto own = [&](const auto& t) { return t.row_range(begin, end); };
-    const ConstTensor core = own(m.gate_up);
-    const auto with_update = [&](bool up, ConstTensor b) -> ConstTensor {
-      if (!b || !factors) return half(core, up);
-      const Tensor to = half(sums.row_range(0, end - begin), up);
-      product(to, half(own(m.a), up), false, matrix(b), true, 1, 1, half(core, up));
-      return to;
-    };
-    const ConstTensor gate = with_update(false, m.weights.gate_b),
-                      up = with_update(true, m.weights.up_b);
+    const ConstTensor gate = updated_half(m, false, begin, end, sums),
+                      up = updated_half(m, true, begin, end, sums);
     Call range = c;
     range.ids += 4 * begin;
     cuda::each_chunk(stream_, "mixture", end - begin, width, true,
@@ -199,8 +212,7 @@ bool CudaBackend::dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tens
                                          ConstTensor q, const Mixture& m) {
   if (d_gate_up.dtype != DType::bf16 || (d_weight && !m.per_slot)) return false;
   Call c = cuda::call_of<Number>(m);
-  if (!takes(c, d_gate_up.dtype) || !by_chunks(c.gate_up) ||
-      !by_chunks(cuda::data<Number>(d_out)) || !by_chunks(cuda::data<Number>(d_gate_up)))
+  if (!takes(c, d_gate_up.dtype) || !by_chunks(d_out.data) || !by_chunks(d_gate_up.data))
     return false;
   const MixtureWeights& w = m.weights;
   const Index rows = c.rows, width = c.width;
@@ -224,14 +236,8 @@ bool CudaBackend::dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tens
   for (Index begin = 0; begin < rows; begin += length) {
     const Index end = std::min(rows, begin + length), count = end - begin;
     const auto own = [&](const auto& t) { return t.row_range(begin, end); };
-    const ConstTensor core = own(m.gate_up);
-    const auto with_update = [&](bool up, ConstTensor b) -> ConstTensor {
-      if (!b || !factors) return half(core, up);
-      const Tensor to = half(sums.row_range(0, count), up);
-      product(to, half(own(m.a), up), false, matrix(b), true, 1, 1, half(core, up));
-      return to;
-    };
-    const ConstTensor gate = with_update(false, w.gate_b), up = with_update(true, w.up_b);
+    const ConstTensor gate = updated_half(m, false, begin, end, sums),
+                      up = updated_half(m, true, begin, end, sums);
     const Tensor back = down ? left.row_range(0, count) : Tensor();
     if (down) product(back, own(q), false, matrix(w.down_a), false, 1, 0);
     Gradients g{c,

@@ -26,6 +26,11 @@ __device__ inline unsigned transposed(unsigned x) {
 
 __device__ inline float low(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high(unsigned pair) { return __uint_as_float(pair & 0xffff0000U); }
+/// Two numbers as two bf16 each: the nearest, and what is left.
+__device__ inline uint2 in_two(float x, float y) {
+  const unsigned near = pack2(x, y);
+  return make_uint2(near, pack2(x - low(near), y - high(near)));
+}
 
 __device__ inline unsigned load_pair(const __nv_bfloat16* p) {
   return *reinterpret_cast<const unsigned*>(p);
