@@ -24,7 +24,7 @@ constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
 constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
 // Of many ranks: steps of a block, floats of a part of the sums, numbers that a mask is for.
-constexpr int kLeastSteps = 6;
+[[maybe_unused]] constexpr int kLeastSteps = 6;  // lora_a_90a.cu
 constexpr Index kMostSums = Index{1} << 23, kMostMasked = Index{1} << 28;
 
 using Call = cuda::DroppedA;
