@@ -171,12 +171,12 @@ class Chunk {
       values = unpacked(bytes, whole, true);
       std::size_t at = 0;
       for (auto* levels : {&repetition, &definition}) {
-        const unsigned most = levels == &repetition ? leaf_.repetition : leaf_.definition;
-        if (most == 0) continue;
+        const unsigned deepest = levels == &repetition ? leaf_.repetition : leaf_.definition;
+        if (deepest == 0) continue;
         const std::uint32_t length = word_at(values, at, name_);
         require(length <= values.size() - at - 4, "{}: a page ends early", name_);
         *levels =
-            hybrid(std::string_view(values).substr(at + 4, length), width(most), count, name_);
+            hybrid(std::string_view(values).substr(at + 4, length), width(deepest), count, name_);
         at += 4 + length;
       }
       values.erase(0, at);
