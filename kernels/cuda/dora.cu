@@ -437,7 +437,8 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
     bool rows_whole = true, factors_whole = true, tiles = std::is_same_v<T, __nv_bfloat16>;
     for (std::size_t i = 0; i < all.size(); ++i) {
       const DoraScale& x = all[i];
-      const Index rank = x.a.rows(), out = x.scale.numel();
+      const Index rank = x.a.rows(), out = x.scale.numel(),
+                  size = whole_tiles(static_cast<int>(rank));
       cuda::expect(x.wa.rows() == rank && x.wa.cols() == out && x.b.rows() == out &&
                        x.b.cols() == rank && x.inverse_norm.numel() == out && x.m.numel() == out &&
                        x.w_squared.numel() == out && x.scale.contiguous() &&
@@ -445,8 +446,7 @@ void CudaBackend::dora_scales(std::span<const DoraScale> all) {
                    op);
       calls.one[i] = {cuda::data<float>(x.scale),
                       cuda::data<float>(x.inverse_norm),
-                      r.take<float>(kSplits * whole_tiles(static_cast<int>(rank)) *
-                                    whole_tiles(static_cast<int>(rank))),
+                      r.take<float>(kSplits * size * size),
                       cuda::data<float>(x.m),
                       cuda::data<float>(x.w_squared),
                       cuda::rows_of<T>(x.a),

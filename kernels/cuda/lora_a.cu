@@ -23,8 +23,7 @@ using cuda::Number;
 constexpr int kForwardWarps = 8, kForwardRows = kForwardWarps * kRows;
 constexpr int kStages = 4;  // of x's way into the forward kernel
 constexpr int kWishedBlocks = 512;
-// Of many ranks: steps of a block, floats of a part of the sums, numbers that a mask is for.
-[[maybe_unused]] constexpr int kLeastSteps = 6;  // lora_a_90a.cu
+// Of many ranks: floats of a part of the sums, numbers that a mask is for.
 constexpr Index kMostSums = Index{1} << 23, kMostMasked = Index{1} << 28;
 
 using Call = cuda::DroppedA;
@@ -401,6 +400,7 @@ void few_weight(Call m, Room space, int processors, Tensor d_weight, float keep,
   add_weight(m, splits, d_weight, keep, stream);
 }
 #ifdef MIXLORA_WARPGROUPS
+constexpr int kLeastSteps = 6;  // of a block
 /// Parts of a sum over `inner` numbers, `size` sums of each rank.
 int parts_of(const Call& m, int size, int inner, int processors) {
   return splits_of(ceil_div(size, cuda::kDroppedTile) * ceil_div(m.rank, m.rank > 128 ? 256 : 128),

@@ -68,14 +68,6 @@ __device__ inline void drop_piece(std::byte* at, const Philox4& bits, std::uint3
                       masked(x.z, bits, 2, threshold), masked(x.w, bits, 3, threshold));
 }
 
-/// Bit c of eight columns' bits: c is kept.
-__device__ inline unsigned kept_bits(const Philox4& bits, std::uint32_t threshold) {
-  unsigned own = 0;
-#pragma unroll
-  for (int c = 0; c < 8; ++c) own |= kept(bits, c, threshold) ? 1U << c : 0U;
-  return own;
-}
-
 /// A warp's d_weight of 32 columns, as products leave it turned over, into rows of kColumns + 1
 /// numbers, a rank each: the first of the warps that take turns stores, the others add.
 template <int C>

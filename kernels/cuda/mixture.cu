@@ -252,7 +252,6 @@ template <class T> MixtureCall<T> cuda::call_of(const Mixture& m) {
   return c;
 }
 
-template MixtureCall<float> cuda::call_of<float>(const Mixture&);
 template MixtureCall<__nv_bfloat16> cuda::call_of<__nv_bfloat16>(const Mixture&);
 
 namespace {

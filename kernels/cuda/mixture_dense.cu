@@ -6,6 +6,7 @@
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/mixture.cuh"
+#include "kernels/cuda/rank_tiles.cuh"
 
 namespace mixlora {
 namespace {
@@ -15,8 +16,8 @@ using cuda::Eight;
 using cuda::Index;
 using cuda::kChunk;
 using cuda::kWarp;
+using cuda::Number;
 using cuda::Rows;
-using Number = __nv_bfloat16;
 using Call = cuda::TileCall;
 
 /// Up to so many ranks the kernels of mixture_tiles.cu are faster.
@@ -25,11 +26,16 @@ constexpr Index kRangeStep = 128;  // rows of a range are a multiple
 constexpr int kWarps = 8;          // of a block of gradients_kernel
 constexpr int kBlockRows = 64;     // of its rows
 
-bool by_chunks(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
-bool takes(const Call& c, DType type) {
-  return type == DType::bf16 && c.experts == 1 && c.slots == 1 && c.expert == nullptr &&
-         c.weight == nullptr && c.rank > kFewRanks && c.width % kChunk == 0 &&
-         by_chunks(c.gate_up) && by_chunks(c.gate_scale) && by_chunks(c.up_scale);
+/// `outs`: the other views of F columns that the pass over them walks.
+template <class... View> bool takes(const Mixture& m, const View&... outs) {
+  const Slots& s = m.slots;
+  return m.gate_up.dtype == DType::bf16 && s.experts == 1 && s.count == 1 && !s.expert &&
+         !s.weight && s.rank > kFewRanks && m.gate_up.cols() % (2 * kChunk) == 0 &&
+         cuda::aligned(m.gate_up, m.weights.gate_scale, m.weights.up_scale, outs...);
+}
+/// Rows of working memory.
+template <class Room> Tensor taken(Room& space, Index rows, Index columns) {
+  return {space.template take<Number>(rows * columns), {rows, columns}, DType::bf16, Device::cuda};
 }
 
 /// A call's factors as matrices: B1, B3 (F, R), A2 (R, F).
@@ -58,12 +64,7 @@ __device__ Eight scaled(Eight x, const float* scale, Index col) {
 /// Bit i: column i of the eight is kept.
 __device__ unsigned kept(const Call& m, Index row, Index col) {
   if (m.threshold == 0) return 0xffU;
-  const Philox4 bits = m.bits(m.id_of(row), 0, col / kChunk);
-  unsigned all = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    all |= (bits.v[i / 2] >> (16 * (i % 2)) & 0xffffU) < m.threshold ? 0U : 1U << i;
-  return all;
+  return cuda::kept_bits(m.bits(m.id_of(row), 0, col / kChunk), m.threshold << 16);
 }
 __device__ Eight masked(Eight x, unsigned kept) {
 #pragma unroll
@@ -175,9 +176,8 @@ ConstTensor CudaBackend::updated_half(const Mixture& m, bool up, Index begin, In
 }
 
 bool CudaBackend::dense_mixture(Tensor out, Tensor z, const Mixture& m) {
-  if (out.dtype != DType::bf16) return false;
-  Call c = cuda::call_of<Number>(m);
-  if (!takes(c, out.dtype) || !by_chunks(out.data)) return false;
+  if (!takes(m, out)) return false;
+  const Call c = cuda::call_of<Number>(m);
   const Index rows = c.rows, width = c.width;
   const bool down = z && m.weights.down_a, masks = down && c.threshold != 0,
              factors = m.a && (m.weights.gate_b || m.weights.up_b);
@@ -185,10 +185,8 @@ bool CudaBackend::dense_mixture(Tensor out, Tensor z, const Mixture& m) {
   const std::size_t per_row =
       static_cast<std::size_t>(width) * sizeof(Number) * ((factors ? 2 : 0) + (masks ? 1 : 0));
   const Index length = range_of(rows, per_row, space.left());
-  const auto taken = [&](Index columns) {
-    return Tensor(space.take<Number>(length * columns), {length, columns}, out.dtype, out.device);
-  };
-  const Tensor sums = factors ? taken(2 * width) : Tensor(), left = masks ? taken(width) : Tensor();
+  const Tensor sums = factors ? taken(space, length, 2 * width) : Tensor(),
+               left = masks ? taken(space, length, width) : Tensor();
   const Tensor all = out.reshaped({rows, width});
   for (Index begin = 0; begin < rows; begin += length) {
     const Index end = std::min(rows, begin + length);
@@ -210,15 +208,13 @@ bool CudaBackend::dense_mixture(Tensor out, Tensor z, const Mixture& m) {
 bool CudaBackend::dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tensor p,
                                          const MixtureGrads& grads, ConstTensor d_out,
                                          ConstTensor q, const Mixture& m) {
-  if (d_gate_up.dtype != DType::bf16 || (d_weight && !m.per_slot)) return false;
-  Call c = cuda::call_of<Number>(m);
-  if (!takes(c, d_gate_up.dtype) || !by_chunks(d_out.data) || !by_chunks(d_gate_up.data))
-    return false;
   const MixtureWeights& w = m.weights;
+  if (!takes(m, d_out, d_gate_up) || (d_weight && !m.per_slot) || !w.gate_scale != !w.up_scale)
+    return false;
+  const Call c = cuda::call_of<Number>(m);
   const Index rows = c.rows, width = c.width;
   const bool down = q && w.down_a, factors = m.a && (w.gate_b || w.up_b),
-             scales = w.gate_scale && w.up_scale;
-  if (!scales && (w.gate_scale || w.up_scale)) return false;
+             scales = static_cast<bool>(w.gate_scale);
   Room space = room();
   const std::size_t blocks_bytes = static_cast<std::size_t>(width) * 2 * sizeof(float),
                     per_row = static_cast<std::size_t>(width) * sizeof(Number) *
@@ -226,11 +222,8 @@ bool CudaBackend::dense_mixture_backward(Tensor d_gate_up, Tensor d_weight, Tens
                               blocks_bytes / kBlockRows;
   const Index length = range_of(rows, per_row, space.left() - blocks_bytes),
               blocks = ceil_div<Index>(length, kBlockRows);
-  const auto taken = [&](Index columns) {
-    return Tensor(space.take<Number>(length * columns), {length, columns}, DType::bf16,
-                  Device::cuda);
-  };
-  const Tensor sums = factors ? taken(2 * width) : Tensor(), left = down ? taken(width) : Tensor();
+  const Tensor sums = factors ? taken(space, length, 2 * width) : Tensor(),
+               left = down ? taken(space, length, width) : Tensor();
   float* parts = scales ? space.take<float>(2 * blocks * width) : nullptr;
   const ConstTensor from = d_out.reshaped({rows, width});
   for (Index begin = 0; begin < rows; begin += length) {

@@ -156,6 +156,13 @@ __device__ inline bool kept(const Philox4& bits, int i, std::uint32_t threshold)
   const std::uint32_t word = bits.v[i / 2];
   return (i % 2 == 0 ? word << 16 : word) >= threshold;
 }
+/// Bit c of eight columns' bits: c is kept.
+__device__ inline unsigned kept_bits(const Philox4& bits, std::uint32_t threshold) {
+  unsigned own = 0;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) own |= kept(bits, c, threshold) ? 1U << c : 0U;
+  return own;
+}
 
 /// Adds the warps' accumulator tiles, in the order of the warps, and leaves the block's sums in
 /// `to` (fragment, lane, 4). `shared` has Count * warps * kFragment floats and is free.
